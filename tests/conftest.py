@@ -1,4 +1,4 @@
-"""Fixtures shared by the whole suite: a real small Llama, a real fast tokenizer, and both in a folder."""
+"""Fixtures of the whole suite: a real small Llama, a real fast tokenizer, both in a folder."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def tiny_tokenizer() -> Any:
 
 @pytest.fixture
 def tiny_llama(tiny_tokenizer: Any) -> Any:
-    """A fresh Llama for each test, with the vocabulary of tiny_tokenizer; always the same weights."""
+    """A fresh Llama for each test, as large as tiny_tokenizer; always the same weights."""
     return make_llama(vocab_size=len(tiny_tokenizer))
 
 

@@ -1,0 +1,1 @@
+"""Where safeopt meets other libraries; each module needs its own extra."""
