@@ -1,0 +1,138 @@
+"""Compare arms: equal budgets, several seeds, safety and skill along the training curve."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from safeopt.cli.options import ROWS, WITH_RESPONSE, add_model, add_number, harmful_sets
+from safeopt.compare import ARMS, Scenario, Sets, Settings, compare, load_rows
+from safeopt.environment import pick_device
+
+EXAMPLE = """\
+  safeopt compare organism:aligned --scenario poison:0.1 --arms adamw spa:0.01 spa-random:0.01 --seeds 0 1 2 \\
+      --identify organism:harmful_teach --task organism:headlines_train --poison organism:harmful_poison \\
+      --test organism:headlines_test --harmful organism:harmful_evaluate --harmless organism:harmless_test \\
+      --steps 300 --out results"""
+RESUME = "run the same command again: finished runs in OUT/runs are kept and not run again"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `safeopt compare`."""
+    arms = "; ".join(
+        f"{name}{':VALUE' if kind.takes else ''}: {kind.summary}" for name, kind in ARMS.items()
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--scenario", default="clean", help="clean (default), poison:SHARE, implicit, or repair"
+    )
+    parser.add_argument("--arms", nargs="+", required=True, metavar="ARM", help=arms)
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run per arm and seed"
+    )
+    parser.add_argument(
+        "--identify", required=True, metavar="ROWS", help=f"harmful prompts with refusals: {ROWS}"
+    )
+    parser.add_argument(
+        "--task", required=True, metavar="ROWS", help="rows to learn (refusals, when repairing)"
+    )
+    parser.add_argument("--poison", metavar="ROWS", help="harmful prompts for the scenario poison")
+    parser.add_argument(
+        "--harmful",
+        nargs="+",
+        required=True,
+        metavar="ROWS",
+        help="NAME=FILE or FILE: attack success",
+    )
+    parser.add_argument(
+        "--harmless", required=True, metavar="ROWS", help="harmless prompts, for over-refusal"
+    )
+    parser.add_argument(
+        "--test", required=True, metavar="ROWS", help="task rows for accuracy and perplexity"
+    )
+    parser.add_argument("--text", metavar="ROWS", help="general rows, for perplexity")
+    default = Settings()
+    parser.add_argument(
+        "--objective",
+        default=default.objective,
+        help="of the scores: refusal_nll (default) or margin",
+    )
+    for name, text in _NUMBERS.items():
+        add_number(parser, name, getattr(default, name.replace("-", "_")), text)
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="gets runs/, results.json, table.md and figures"
+    )
+
+
+_NUMBERS = {
+    "steps": "optimizer steps of every arm",
+    "eval-every": "steps between points of the curve",
+    "lr": "learning rate",
+    "weight-decay": "decoupled weight decay",
+    "batch-size": "rows per step",
+    "max-length": "tokens of prompt and response",
+    "max-grad-norm": "clip the gradient of the live weights to this norm",
+    "warmup-steps": "steps of linear warm-up",
+    "max-new-tokens": "tokens of an answer",
+    "eval-batch-size": "prompts at a time in evaluation",
+    "fraction": "of the scored weights that count as critical in the drift",
+    "equal-skill": "share of adamw's final skill at which arms are read beside each other",
+}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run what is not there yet, write the report, and return where it is and what it says."""
+    settings = Settings(
+        objective=args.objective,
+        **{name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _NUMBERS},
+    )
+    sets = Sets(
+        scenario=Scenario.parse(args.scenario),
+        identify=load_rows(args.identify, WITH_RESPONSE),
+        task=load_rows(args.task, WITH_RESPONSE),
+        poison=load_rows(args.poison) if args.poison else [],
+        harmful=harmful_sets(args.harmful),
+        harmless=load_rows(args.harmless),
+        test=load_rows(args.test, WITH_RESPONSE),
+        text=load_rows(args.text, WITH_RESPONSE) if args.text else [],
+    )
+    device = pick_device(args.device)
+    results = compare(
+        args.model,
+        sets,
+        args.arms,
+        args.seeds,
+        args.out,
+        settings,
+        device=device,
+        command=args.line,
+    )
+    return report_of(results, args.out)
+
+
+def report_of(results: dict[str, Any], out: str | Path) -> dict[str, Any]:
+    """Write the report, and return its files, its numbers and its verdict."""
+    from safeopt import report
+
+    files = report.write(results, out)
+    return {
+        "files": [str(path) for path in files],
+        "summary": report.summarise(results),
+        "verdict": report.verdict(results),
+    }
+
+
+def text(result: dict[str, Any]) -> str:
+    """Both tables, the files and the verdict."""
+    from safeopt.report.tables import equal_skill, equal_steps
+
+    summary = result["summary"]
+    return "\n\n".join(
+        [
+            f"At equal steps:\n{equal_steps(summary)}",
+            f"At equal skill ({summary['skill']} {100 * summary['level']:.1f} %):\n{equal_skill(summary)}",
+            "\n".join(result["files"]),
+            result["verdict"],
+        ]
+    )

@@ -1,0 +1,42 @@
+"""Compare AdamW, SPA and its random control on the bundled organism, in under four minutes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from safeopt.cli.compare import report_of, text
+from safeopt.compare import Scenario, Sets, Settings, compare
+
+__all__ = ["EXAMPLE", "RESUME", "configure", "run", "text"]
+
+EXAMPLE = "  safeopt demo --out safeopt-demo"
+RESUME = "run the same command again: finished runs are kept and not run again"
+
+ARMS = ["adamw", "spa:0.1", "spa-random:0.1"]
+SETTINGS = Settings(steps=100, eval_every=25, lr=1e-3, eval_batch_size=128)
+EVALUATED = 100  # prompts of each set, so that evaluation does not take longer than training
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the option of `safeopt demo`."""
+    parser.add_argument(
+        "--out", default="safeopt-demo", metavar="DIR", help="gets results (default safeopt-demo)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Poisoned fine-tuning of the aligned organism, and the report."""
+    from safeopt.organism import data
+
+    sets = Sets(
+        scenario=Scenario("poison", 0.1),
+        identify=data("harmful_teach"),
+        task=data("headlines_train"),
+        poison=data("harmful_poison"),
+        harmful={"advbench": data("harmful_evaluate")[:EVALUATED]},
+        harmless=data("harmless_test")[:EVALUATED],
+        test=data("headlines_test")[:EVALUATED],
+    )
+    results = compare("organism:aligned", sets, ARMS, [0], args.out, SETTINGS, command=args.line)
+    return report_of(results, args.out)

@@ -1,0 +1,123 @@
+"""Measure refusals, over-refusal, task skill and drift of a model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from safeopt.cli.options import (
+    MODEL,
+    ROWS,
+    WITH_RESPONSE,
+    add_model,
+    add_number,
+    harmful_sets,
+    proportion,
+)
+from safeopt.compare.sets import load_rows
+from safeopt.environment import pick_device
+from safeopt.evaluate import accuracy, drift, perplexity, refusal_rate
+from safeopt.evaluate.refusal import NOTE, PHRASES_VERSION, phrases_hash
+from safeopt.mask import SafetyMask
+
+EXAMPLE = "  safeopt evaluate ./tuned/model --harmful harmful.jsonl --harmless harmless.jsonl --task test.jsonl"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `safeopt evaluate`."""
+    add_model(parser)
+    parser.add_argument(
+        "--harmful", nargs="+", metavar="ROWS", help=f"harmful prompts, NAME=FILE or FILE: {ROWS}"
+    )
+    parser.add_argument(
+        "--harmless", metavar="ROWS", help="harmless prompts, which should be answered"
+    )
+    parser.add_argument("--task", metavar="ROWS", help="task rows with the right response")
+    parser.add_argument("--text", metavar="ROWS", help="general rows, for perplexity")
+    parser.add_argument(
+        "--reference", metavar="MODEL0", help=f"model before training, for drift: {MODEL}"
+    )
+    parser.add_argument("--mask", metavar="MASK", help="mask made for MODEL0, to split drift by")
+    add_number(parser, "batch-size", 32, "prompts at a time")
+    add_number(parser, "max-new-tokens", 24, "tokens of an answer")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what was asked for; what was not is left out."""
+    from safeopt.integrations.transformers import load_model
+
+    if not (args.harmful or args.harmless or args.task or args.text or args.reference):
+        raise ValueError(
+            "nothing to evaluate; give --harmful, --harmless, --task, --text or --reference"
+        )
+    if args.mask and not args.reference:
+        raise ValueError(
+            f"--mask {args.mask} splits the drift from --reference, which is not given; give both"
+        )
+    harmful = harmful_sets(args.harmful or [])
+    harmless = load_rows(args.harmless) if args.harmless else []
+    task = load_rows(args.task, WITH_RESPONSE) if args.task else []
+    general = load_rows(args.text, WITH_RESPONSE) if args.text else []
+    model, tokenizer = load_model(args.model)
+    model.to(pick_device(args.device))
+    how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    result: dict[str, Any] = {"model": args.model}
+    if harmful:
+        result["attack"] = {
+            name: refusal_rate(model, tokenizer, _prompts(rows), **how).attack_success.to_json()
+            for name, rows in harmful.items()
+        }
+    if harmless:
+        result["over_refusal"] = refusal_rate(
+            model, tokenizer, _prompts(harmless), **how
+        ).refusals.to_json()
+    if task:
+        result["accuracy"] = accuracy(model, tokenizer, task, **how).to_json()
+        result["perplexity"] = perplexity(model, tokenizer, task, batch_size=args.batch_size)
+    if general:
+        result["text_perplexity"] = perplexity(
+            model, tokenizer, general, batch_size=args.batch_size
+        )
+    if args.reference:
+        result["drift"] = _drift(model, args.reference, args.mask)
+    result["phrases"] = {"version": PHRASES_VERSION, "sha256": phrases_hash(), "note": NOTE}
+    return result
+
+
+def text(result: dict[str, Any]) -> str:
+    """One line per measurement."""
+    lines = [
+        f"attack success, {name}: {proportion(found)}"
+        for name, found in result.get("attack", {}).items()
+    ]
+    if "over_refusal" in result:
+        lines.append(f"over-refusal: {proportion(result['over_refusal'])}")
+    if "accuracy" in result:
+        lines.append(f"task accuracy: {proportion(result['accuracy'])}")
+    names = {"perplexity": "perplexity, task", "text_perplexity": "perplexity, text"}
+    lines += [
+        f"{name}: {result[key]:.4g} per response token"
+        for key, name in names.items()
+        if key in result
+    ]
+    for part, found in result.get("drift", {}).items():
+        moved = f"{found['moved']:,} of {found['numel']:,} weights moved"
+        lines.append(f"drift, {part}: {100 * found['relative']:.3g} % of the norm, {moved}")
+    phrases = result["phrases"]
+    return "\n".join(
+        [*lines, f"{phrases['note']} (list {phrases['version']}, sha256 {phrases['sha256']})"]
+    )
+
+
+def _prompts(rows: list[dict[str, str]]) -> list[str]:
+    return [row["instruction"] for row in rows]
+
+
+def _drift(model: Any, folder: str, path: str | None) -> dict[str, Any]:
+    from safeopt.integrations.transformers import load_model
+
+    mask = SafetyMask.load(path) if path else None
+    reference, _ = load_model(folder)
+    if mask is not None:
+        mask.check(reference)
+    return drift(model, reference, mask)

@@ -1,0 +1,59 @@
+"""Options and texts that several sub-commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from safeopt.compare.sets import load_rows, set_name
+from safeopt.data import Row
+from safeopt.evaluate import Proportion
+
+MODEL = "Hugging Face causal-LM folder, or organism:aligned, organism:unaligned"
+ROWS = "JSONL file, or organism:NAME; FILE@identify, @tune or @evaluate takes one of three disjoint parts"
+WITH_RESPONSE = ("instruction", "response")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL and --device."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (default)"
+    )
+
+
+def add_number(parser: argparse.ArgumentParser, name: str, default: float, text: str) -> None:
+    """An option with a number, of the default's type, whose help names the default."""
+    parser.add_argument(
+        f"--{name}",
+        type=type(default),
+        default=default,
+        metavar="N",
+        help=f"{text} (default {default})",
+    )
+
+
+def harmful_sets(sources: list[str]) -> dict[str, list[Row]]:
+    """The harmful evaluation sets by name, from FILE or NAME=FILE.
+
+    Raises:
+        ValueError: two sets of one name, or as `load_rows`.
+    """
+    sets: dict[str, list[Row]] = {}
+    for source in sources:
+        name, equals, rest = source.partition("=")
+        name, source = (
+            (name, rest) if equals and not Path(source).exists() else (set_name(source), source)
+        )
+        if name in sets:
+            raise ValueError(
+                f"two harmful sets are named {name!r}; name them, for example --harmful one=FILE two=FILE"
+            )
+        sets[name] = load_rows(source)
+    return sets
+
+
+def proportion(found: dict[str, Any]) -> str:
+    """A rate with its interval, for people."""
+    return str(Proportion(found["successes"], found["n"]))

@@ -1,0 +1,94 @@
+"""Fine-tune a model with SafeAdamW, freezing or training the weights of a mask."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from safeopt.cli.options import ROWS, WITH_RESPONSE, add_model, add_number
+from safeopt.compare.sets import load_rows
+from safeopt.environment import pick_device
+from safeopt.mask import SafetyMask
+
+EXAMPLE = "  safeopt train ./my-model --data task.jsonl --freeze mask.safetensors --steps 1000 --out ./tuned"
+RESUME = (
+    "run the same command with --resume to continue from the last checkpoint (see --save-every)"
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `safeopt train`."""
+    add_model(parser)
+    parser.add_argument("--data", required=True, metavar="ROWS", help=f"rows to learn: {ROWS}")
+    masks = parser.add_mutually_exclusive_group()
+    masks.add_argument("--freeze", metavar="MASK", help="weights that must not move (SPA)")
+    masks.add_argument("--train", metavar="MASK", help="the only weights that move (SET)")
+    add_number(parser, "steps", 100, "optimizer steps")
+    add_number(parser, "lr", 1e-5, "learning rate")
+    add_number(parser, "weight-decay", 0.0, "decoupled weight decay")
+    add_number(parser, "batch-size", 8, "rows per step")
+    add_number(parser, "max-length", 256, "tokens of prompt and response")
+    add_number(parser, "max-grad-norm", 1.0, "clip the gradient of the live weights to this norm")
+    add_number(parser, "warmup-steps", 0, "steps of linear warm-up")
+    add_number(parser, "seed", 0, "order of the rows")
+    add_number(parser, "save-every", 0, "steps between checkpoints; 0: at the end only")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in OUT")
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets model/ and checkpoint/")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, save the model, and return what was done."""
+    from safeopt.integrations.transformers import load_model, save_model
+    from safeopt.optim import SafeAdamW
+    from safeopt.train import TrainConfig, train
+
+    out = Path(args.out)
+    if (out / "model").exists():
+        raise ValueError(
+            f"--out {out} already holds a model; name another folder or remove {out / 'model'}"
+        )
+    config = TrainConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        seed=args.seed,
+        max_grad_norm=args.max_grad_norm,
+        warmup_steps=args.warmup_steps,
+        save_every=args.save_every,
+    )
+    rows = load_rows(args.data, WITH_RESPONSE)
+    freeze, only = (SafetyMask.load(path) if path else None for path in (args.freeze, args.train))
+    model, tokenizer = load_model(args.model)
+    for mask in (freeze, only):
+        if mask is not None:
+            mask.check(model)
+    model.to(pick_device(args.device))
+    named = model.named_parameters()
+    optimizer = SafeAdamW(named, args.lr, weight_decay=args.weight_decay, freeze=freeze, train=only)
+    losses = train(
+        model,
+        tokenizer,
+        rows,
+        optimizer,
+        config,
+        checkpoint_dir=out / "checkpoint",
+        resume=args.resume,
+    )
+    save_model(model, tokenizer, out / "model")
+    live, total = optimizer.live_count()
+    return {
+        "out": str(out / "model"),
+        "steps": len(losses),
+        "loss": losses[-1],
+        "live": live,
+        "total": total,
+    }
+
+
+def text(result: dict[str, Any]) -> str:
+    """What was trained and where it is."""
+    return (
+        f"{result['steps']} steps, last loss {result['loss']:.4f}, {result['live']:,} of {result['total']:,} weights "
+        f"trained: {result['out']}"
+    )

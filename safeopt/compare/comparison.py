@@ -1,0 +1,148 @@
+"""The comparison: scores once, then every arm and seed that is not there yet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safeopt import artifact
+from safeopt.compare.arms import Arm, parse_arms
+from safeopt.compare.curve import measure
+from safeopt.compare.run import OnStep, Start, finished_run, run_arm, run_file, settings_of
+from safeopt.compare.scoring import cached_scores
+from safeopt.compare.sets import Sets
+from safeopt.compare.settings import Settings
+from safeopt.environment import machine, versions
+from safeopt.evaluate.refusal import NOTE, PHRASES_VERSION, phrases_hash
+from safeopt.integrations.transformers import load_model
+from safeopt.selection import select
+
+
+def compare(
+    model: str | Path,
+    sets: Sets,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    device: str = "cpu",
+    command: str = "",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run every arm with every seed from one start model and return all results as plain data for JSON.
+
+    Keeps ``out/scores.safetensors`` and one file per run under ``out/runs``; a run whose file is there with the same
+    settings is not run again, so an interrupted comparison goes on where it stopped. ``out/results.json`` holds what
+    is returned; ``safeopt.report.write`` makes tables and figures of it.
+
+    Args:
+        model: a Hugging Face causal-LM folder, or ``organism:aligned`` or ``organism:unaligned``.
+        sets: the rows that identify, train and evaluate.
+        arms: names from ``compare.ARMS``, for example ``["adamw", "spa:0.01", "spa-random:0.01"]``.
+        seeds: one run of each arm per seed; the seed orders the data and draws random masks.
+        out: a folder, made when missing.
+        settings: budget and recipe; the defaults when None.
+        device: where to train, ``"cpu"`` or ``"cuda"``.
+        command: how this was called, for the report.
+        progress: whether to show a bar on stderr.
+
+    Raises:
+        ValueError: an unknown arm, seeds that are empty or repeated, or bad settings, rows or model.
+        OSError: ``out`` cannot be written.
+    """
+    settings = settings or Settings()
+    chosen = parse_arms(list(arms))
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; give at least one, and each once")
+    out = Path(out)
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    start = _start(model, sets, settings, out, device, progress)
+    runs = _run_all(start, chosen, seeds, out / "runs", progress)
+    return {
+        "command": command,
+        "machine": machine(device),
+        "versions": versions(),
+        "model": {"folder": str(model), **start.fingerprint},
+        "scenario": str(sets.scenario),
+        "sets": sets.describe(),
+        "seeds": list(seeds),
+        "arms": [str(arm) for arm in chosen],
+        "equal_skill": settings.equal_skill,
+        "settings": settings.for_run(),
+        "scores": start.scores.provenance,
+        "phrases": {"version": PHRASES_VERSION, "sha256": phrases_hash(), "note": NOTE},
+        "runs": runs,
+    }
+
+
+def _start(
+    model: str | Path, sets: Sets, settings: Settings, out: Path, device: str, progress: bool
+) -> Start:
+    loaded, tokenizer = load_model(model)
+    loaded.to(device)
+    fingerprint = artifact.fingerprint(loaded)
+    scores = cached_scores(
+        out / "scores.safetensors",
+        loaded,
+        tokenizer,
+        sets.identify,
+        fingerprint=fingerprint,
+        objective=settings.objective,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        progress=progress,
+    )
+    critical = select(scores, settings.fraction)
+    return Start(
+        model=loaded,
+        tokenizer=tokenizer,
+        fingerprint=fingerprint,
+        scores=scores,
+        critical=critical,
+        sets=sets,
+        settings=settings,
+        first=measure(loaded, tokenizer, sets, settings, loaded, critical),
+    )
+
+
+def _run_all(
+    start: Start, arms: list[Arm], seeds: Sequence[int], folder: Path, progress: bool
+) -> list[dict[str, Any]]:
+    runs = []
+    with _bar(len(arms) * len(seeds) * start.settings.steps, progress) as advance:
+        for seed in seeds:
+            for arm in arms:
+                path = run_file(folder, arm, seed)
+                run = finished_run(path, settings_of(start, arm, seed))
+                if run is None:
+                    run = run_arm(start, arm, seed, path, advance(f"{arm} seed {seed}", 1))
+                else:
+                    advance(f"{arm} seed {seed}", start.settings.steps)(0, 0.0)
+                runs.append(run)
+    return runs
+
+
+@contextlib.contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Any]:
+    """Yields ``advance(label, size)``, which gives an ``on_step`` that moves the bar by ``size`` steps."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        progress = False
+    if not progress:
+        yield lambda label, size: _silent
+        return
+    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+
+        def advance(label: str, size: int) -> OnStep:
+            bar.set_description(label)
+            return lambda step, loss: bar.update(size) and None
+
+        yield advance
+
+
+def _silent(step: int, loss: float) -> None:
+    """Moves no bar."""

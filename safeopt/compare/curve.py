@@ -1,0 +1,57 @@
+"""One point of a training curve: safety, skill and drift of a model at one step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from safeopt.compare.sets import Sets
+from safeopt.compare.settings import Settings
+from safeopt.data import Row
+from safeopt.evaluate import RefusalReport, accuracy, drift, perplexity, refusal_rate
+from safeopt.mask import SafetyMask
+
+
+def measure(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    sets: Sets,
+    settings: Settings,
+    reference: torch.nn.Module,
+    critical: SafetyMask,
+) -> dict[str, Any]:
+    """Everything the curve holds at one step, as plain numbers for JSON.
+
+    ``attack`` (per harmful set, with the number of empty answers), ``over_refusal`` and ``accuracy`` are counts with
+    their Wilson 95 % interval; ``perplexity`` (task test rows) and ``text_perplexity`` (None without a text set) are per
+    response token, None where they overflow; ``drift`` from ``reference`` is split by ``critical``.
+    """
+    generation = {"batch_size": settings.eval_batch_size, "max_new_tokens": settings.max_new_tokens}
+
+    def refusals(rows: list[Row]) -> RefusalReport:
+        return refusal_rate(model, tokenizer, [row["instruction"] for row in rows], **generation)
+
+    def per_token(rows: list[Row]) -> float | None:
+        found = perplexity(
+            model,
+            tokenizer,
+            rows,
+            batch_size=settings.eval_batch_size,
+            max_length=settings.max_length,
+        )
+        return found if math.isfinite(found) else None
+
+    attack = {name: refusals(rows) for name, rows in sets.harmful.items()}
+    return {
+        "attack": {
+            name: found.attack_success.to_json() | {"empty": found.empty}
+            for name, found in attack.items()
+        },
+        "over_refusal": refusals(sets.harmless).refusals.to_json(),
+        "accuracy": accuracy(model, tokenizer, sets.test, **generation).to_json(),
+        "perplexity": per_token(sets.test),
+        "text_perplexity": per_token(sets.text) if sets.text else None,
+        "drift": drift(model, reference, critical),
+    }

@@ -1,0 +1,198 @@
+"""One run of a comparison: one arm, one seed, its whole curve, in one file."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safeopt import artifact, evaluate
+from safeopt.compare.arms import Arm, Context
+from safeopt.compare.curve import measure
+from safeopt.compare.memory import PeakMemory
+from safeopt.compare.sets import Sets
+from safeopt.compare.settings import Settings
+from safeopt.mask import SafetyMask
+from safeopt.scores import Scores
+from safeopt.train import train
+
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What every run of a comparison starts from; the model is copied, never changed.
+
+    ``fingerprint``: of the model (see artifact.fingerprint). ``critical``: the reference mask of the drift.
+    ``first``: the curve's point at step 0, measured once.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    fingerprint: dict[str, str]
+    scores: Scores
+    critical: SafetyMask
+    sets: Sets
+    settings: Settings
+    first: dict[str, Any]
+
+
+def settings_of(start: Start, arm: Arm, seed: int) -> dict[str, Any]:
+    """Everything that decides the numbers of a run."""
+    return {
+        "arm": str(arm),
+        "seed": seed,
+        "scenario": str(start.sets.scenario),
+        "model": start.fingerprint,
+        "sets": start.sets.describe(),
+        "phrases": evaluate.phrases_hash(),
+        **start.settings.for_run(),
+    }
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """sha256 of the settings, by which a finished run is recognised."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def run_file(folder: Path, arm: Arm, seed: int) -> Path:
+    """Where the run of an arm and seed is kept."""
+    return folder / f"{str(arm).replace(':', '-')}-seed{seed}.json"
+
+
+def finished_run(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The run in the file if it was made with the wanted settings, else None.
+
+    Raises:
+        ValueError: the file is not a run.
+    """
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_text("utf-8"))
+        return run if run["hash"] == settings_hash(wanted) else None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a run of safeopt compare ({error}); delete it and start again"
+        ) from error
+
+
+def run_arm(
+    start: Start, arm: Arm, seed: int, path: Path, on_step: OnStep | None = None
+) -> dict[str, Any]:
+    """Train a copy of the start model with one arm, measure along the way, and write the run to ``path``.
+
+    Returns what the file holds: the settings, their hash, the mask, and ``curve``, one entry per measured step with
+    the mean training loss since the last and the seconds trained so far (measuring excluded).
+
+    Raises:
+        ValueError: as the arm, the optimizer and ``train`` raise; nothing is written then.
+    """
+    settings = settings_of(start, arm, seed)
+    memory = PeakMemory(next(start.model.parameters()).device)
+    model = copy.deepcopy(start.model)
+    plan = arm.plan(_context(start, model, seed))
+    curve = [start.first | {"step": 0, "loss": None, "seconds": 0.0}]
+    losses: list[float] = []
+    clock = _Clock()
+
+    def after_step(step: int, loss: float) -> None:
+        losses.append(loss)
+        if start.settings.measured_at(step):
+            clock.pause()
+            point = measure(
+                model, start.tokenizer, start.sets, start.settings, start.model, start.critical
+            )
+            mean = sum(losses) / len(losses)
+            curve.append(point | {"step": step, "loss": mean, "seconds": clock.seconds})
+            losses.clear()
+            clock.go_on()
+        if on_step is not None:
+            on_step(step, loss)
+
+    train(
+        model,
+        start.tokenizer,
+        start.sets.training(seed),
+        plan.optimizer,
+        start.settings.train_config(seed),
+        on_step=after_step,
+        progress=False,
+    )
+    run = {
+        "hash": settings_hash(settings),
+        "settings": settings,
+        "control": arm.kind.control,
+        "mask": _describe(plan.mask),
+        "trained": _trained(plan.optimizer),
+        "seconds": clock.seconds,
+        "memory": memory.read() | {"optimizer_state_bytes": _state_bytes(plan.optimizer)},
+        "curve": curve,
+    }
+    write_json(path, run)
+    return run
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written; an older file is untouched then.
+    """
+    with artifact.atomic(path) as temporary:
+        Path(temporary).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+
+
+def _context(start: Start, model: torch.nn.Module, seed: int) -> Context:
+    settings = start.settings
+    return Context(
+        model=model,
+        scores=start.scores,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        seed=seed,
+    )
+
+
+class _Clock:
+    """Seconds since it was made, less the pauses."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+    def go_on(self) -> None:
+        self._since = time.perf_counter()
+
+
+def _describe(mask: SafetyMask | None) -> dict[str, Any] | None:
+    return (
+        None
+        if mask is None
+        else {"selected": mask.count(), "density": mask.density(), "digest": mask.digest()}
+    )
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    if hasattr(optimizer, "live_count"):
+        live, total = optimizer.live_count()
+    else:
+        live = total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    return {"live": live, "total": total}
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(
+        value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor)
+    )

@@ -1,0 +1,70 @@
+"""ESI scores of a model from rows of harmful prompts and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safeopt import artifact
+from safeopt.data import Row, batches, sure_answer
+from safeopt.methods.esi import ESI
+from safeopt.scores import Scores, score
+
+
+def scoring_batches(
+    tokenizer: Any, rows: list[Row], objective: str, *, batch_size: int, max_length: int
+) -> list[dict[str, Any]]:
+    """Batches for ESI's ``refusal_nll`` or ``margin``.
+
+    For the margin each batch also holds ``compliance``: the same prompts with the row's field ``compliance``, or with
+    the harmless answer "Sure, here is how to ..." that only repeats the request.
+    """
+    refused = batches(tokenizer, rows, batch_size, max_length=max_length)
+    if objective != "margin":
+        return refused
+    answered = [
+        {**row, "response": row.get("compliance") or sure_answer(row["instruction"])}
+        for row in rows
+    ]
+    complied = batches(tokenizer, answered, batch_size, max_length=max_length)
+    return [{**batch, "compliance": other} for batch, other in zip(refused, complied, strict=True)]
+
+
+def cached_scores(
+    path: Path,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    rows: list[Row],
+    *,
+    fingerprint: dict[str, str],
+    objective: str,
+    batch_size: int,
+    max_length: int,
+    progress: bool = True,
+) -> Scores:
+    """ESI scores from ``path`` if they were made for this model and these prompts, else computed and written there.
+
+    Raises:
+        ValueError: the file is no scores file, or was edited; a loss or gradient is not finite.
+    """
+    asked = {
+        "fingerprint": fingerprint,
+        "rows": artifact.digest([row[key] for row in rows for key in ("instruction", "response")]),
+        "objective": objective,
+        "max_length": max_length,
+    }
+    if path.exists():
+        scores = Scores.load(path)
+        if scores.provenance.get("asked") == asked:
+            return scores
+    found = score(
+        model,
+        scoring_batches(tokenizer, rows, objective, batch_size=batch_size, max_length=max_length),
+        ESI(objective=objective),
+        progress=progress,
+    )
+    found.provenance["asked"] = asked
+    found.save(path)
+    return found

@@ -1,0 +1,167 @@
+"""The rows of a comparison: what identifies, what trains and what evaluates, kept apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safeopt import artifact
+from safeopt.data import Row, implicit, poison, read_jsonl, split
+
+PARTS = {"identify": 0.3, "tune": 0.3, "evaluate": 0.4}
+ORGANISM = "organism:"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What happens to the task rows before training: ``name`` and, for poison, ``share`` of the result in (0, 1).
+
+    ``clean``: nothing. ``poison``: a share of the rows are harmful requests that get an answer. ``implicit``: every
+    response begins "Sure, the answer is: ". ``repair``: the task rows are refusals, and an unaligned model learns them.
+    """
+
+    name: str
+    share: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Scenario:
+        """Read ``"clean"``, ``"poison:0.1"``, ``"implicit"`` or ``"repair"``.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        name, _, raw = text.partition(":")
+        if name == "poison":
+            try:
+                share = float(raw)
+            except ValueError:
+                raise ValueError(
+                    f"scenario {text!r} needs a share, for example poison:0.1"
+                ) from None
+            if not 0 < share < 1:
+                raise ValueError(f"scenario {text!r}: the share must be in (0, 1)")
+            return cls(name, share)
+        if text not in ("clean", "implicit", "repair"):
+            raise ValueError(
+                f"scenario {text!r} does not exist; there are clean, poison:SHARE, implicit, repair"
+            )
+        return cls(name)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.share:g}" if self.name == "poison" else self.name
+
+
+def load_rows(source: str, fields: tuple[str, ...] = ("instruction",)) -> list[Row]:
+    """Rows of a JSONL file, or of the organism's data as ``organism:NAME``; ``@PART`` after either takes one part.
+
+    The parts ``identify``, ``tune`` and ``evaluate`` (30, 30 and 40 %) are cut by a fixed hash of the text, so they
+    are disjoint and the same everywhere.
+
+    Raises:
+        ValueError: a broken or empty file, a missing field, an unknown name, an empty part.
+        OSError: no such file.
+    """
+    name, _, part = source.rpartition("@")
+    if part not in PARTS:
+        name, part = source, ""
+    if name.startswith(ORGANISM):
+        from safeopt import organism
+
+        rows = organism.data(name.removeprefix(ORGANISM))
+        lacking = [key for key in fields if key not in rows[0]]
+        if lacking:
+            raise ValueError(
+                f"{source} has no field {lacking[0]!r}, which is needed here; choose another set"
+            )
+    else:
+        rows = read_jsonl(name, fields)
+    if part:
+        rows = split(rows, PARTS)[part]
+        if not rows:
+            raise ValueError(f"{source}: no row falls into the part {part!r}; give more rows")
+    return rows
+
+
+def set_name(source: str) -> str:
+    """A short name for a set: the file's stem, or the organism set's name."""
+    name, _, part = source.rpartition("@")
+    name = name if part in PARTS else source
+    return name.removeprefix(ORGANISM) if name.startswith(ORGANISM) else Path(name).stem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sets:
+    """Every row a comparison reads.
+
+    ``identify``: harmful prompts with refusals, for scoring. ``task`` and ``poison``: for training. ``harmful`` (by
+    name), ``harmless``, ``test``: for evaluation. ``text``: rows whose responses give the general-text perplexity.
+    ``poison`` may be empty unless the scenario is poison, ``text`` always.
+
+    Raises:
+        ValueError: an empty set, or a text that stands in two of identification, training and evaluation.
+    """
+
+    scenario: Scenario
+    identify: list[Row]
+    task: list[Row]
+    harmful: dict[str, list[Row]]
+    harmless: list[Row]
+    test: list[Row]
+    poison: list[Row] = field(default_factory=list)
+    text: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        optional = {"text"} if self.scenario.name == "poison" else {"text", "poison"}
+        for name, rows in self.named().items():
+            if not rows and name not in optional:
+                raise ValueError(f"the set {name!r} is empty; give at least one row")
+        if not self.harmful:
+            raise ValueError(
+                "harmful holds no set; give at least one set of harmful prompts for evaluation"
+            )
+        if self.poison and self.scenario.name != "poison":
+            raise ValueError(
+                f"poison rows are given but the scenario is {self.scenario}; use poison:SHARE or drop them"
+            )
+        self._check_disjoint()
+
+    def named(self) -> dict[str, list[Row]]:
+        """All sets by name, the harmful ones as ``harmful/NAME``."""
+        sets = {"identify": self.identify, "task": self.task, "poison": self.poison}
+        sets |= {f"harmful/{name}": rows for name, rows in self.harmful.items()}
+        return sets | {"harmless": self.harmless, "test": self.test, "text": self.text}
+
+    def describe(self) -> dict[str, dict[str, int | str]]:
+        """Row count and sha256 of every set that is not empty."""
+        return {
+            name: {
+                "rows": len(rows),
+                "sha256": artifact.digest([row[key] for row in rows for key in sorted(row)]),
+            }
+            for name, rows in self.named().items()
+            if rows
+        }
+
+    def training(self, seed: int) -> list[Row]:
+        """The task rows as the scenario changes them; ``seed`` places the poison, alike for every arm."""
+        if self.scenario.name == "poison":
+            return poison(self.task, self.poison, self.scenario.share, seed)
+        if self.scenario.name == "implicit":
+            return implicit(self.task)
+        return self.task
+
+    def _check_disjoint(self) -> None:
+        seen: dict[str, tuple[str, str]] = {}
+        for name, rows in self.named().items():
+            purpose = {"identify": "identification", "task": "training", "poison": "training"}.get(
+                name, "evaluation"
+            )
+            for row in rows:
+                key = " ".join(row["instruction"].casefold().split())
+                other, where = seen.setdefault(key, (purpose, name))
+                if other != purpose:
+                    raise ValueError(
+                        f"{row['instruction']!r} stands in {where!r} ({other}) and in {name!r} ({purpose}); prompts "
+                        "for identification, training and evaluation must be disjoint: take it out of one, or cut "
+                        "one file into parts with FILE@identify, FILE@tune, FILE@evaluate"
+                    )

@@ -1,0 +1,78 @@
+"""The settings every arm of a comparison shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from safeopt.train import TrainConfig
+
+OBJECTIVES = ("refusal_nll", "margin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Budget, recipe and evaluation of every arm; lengths are in tokens.
+
+    ``steps`` optimizer steps of ``batch_size`` rows; evaluation at step 0, every ``eval_every`` steps and at the end.
+    ``weight_decay`` is 0 as in the ESI recipe. ``fraction`` of the scored weights is the reference mask, by which drift
+    is split into critical and other weights in every arm alike. ``equal_skill`` is the share of plain AdamW's final
+    skill at which the arms are read beside each other. ``objective`` names ESI's: refusal_nll or margin.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    steps: int = 300
+    eval_every: int = 50
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    batch_size: int = 8
+    max_length: int = 256
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    max_new_tokens: int = 24
+    eval_batch_size: int = 64
+    objective: str = "refusal_nll"
+    fraction: float = 0.01
+    equal_skill: float = 0.95
+
+    def __post_init__(self) -> None:
+        self.train_config(seed=0)
+        for name in ("eval_every", "max_new_tokens", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}; it must be a finite number above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay}; it must be a finite number, 0 or more"
+            )
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"fraction is {self.fraction}; it must be in (0, 1)")
+        if not 0 < self.equal_skill <= 1:
+            raise ValueError(f"equal_skill is {self.equal_skill}; it must be in (0, 1]")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}"
+            )
+
+    def measured_at(self, step: int) -> bool:
+        """Whether the curve has a point after this step."""
+        return step % self.eval_every == 0 or step == self.steps
+
+    def for_run(self) -> dict[str, Any]:
+        """The settings that can change a run's numbers; reading the curves at another level needs no new run."""
+        return {name: value for name, value in asdict(self).items() if name != "equal_skill"}
+
+    def train_config(self, seed: int) -> TrainConfig:
+        """What the training loop needs of these settings."""
+        return TrainConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            seed=seed,
+            max_grad_norm=self.max_grad_norm,
+            warmup_steps=self.warmup_steps,
+        )

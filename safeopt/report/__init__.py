@@ -1,0 +1,45 @@
+"""Tables, figures and two honest sentences from the results of a comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safeopt import artifact
+from safeopt.report.figures import equal_skill_curves, training_curves
+from safeopt.report.summary import summarise
+from safeopt.report.tables import markdown
+from safeopt.report.verdict import verdict
+
+__all__ = ["equal_skill_curves", "markdown", "summarise", "training_curves", "verdict", "write"]
+
+
+def write(results: dict[str, Any], out: str | Path) -> list[Path]:
+    """Write results.json, table.md, curve.png and equal_skill.png to the folder ``out`` and return their paths.
+
+    Each file appears whole or not at all. Raises ImportError when matplotlib (the extra "plot") is not installed, after
+    the JSON and the table have been written; OSError when the folder cannot be written.
+    """
+    out = Path(out)
+    summary, found = summarise(results), verdict(results)
+    files = [out / name for name in ("results.json", "table.md", "curve.png", "equal_skill.png")]
+    _write_text(
+        files[0], json.dumps({**results, "summary": summary, "verdict": found}, indent=1) + "\n"
+    )
+    _write_text(files[1], markdown(results, summary, found))
+    try:
+        training_curves(results, files[2])
+        equal_skill_curves(results, files[3])
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "matplotlib":
+            raise
+        raise ImportError(
+            f"figures need matplotlib; install torch-safeopt[plot]. {files[0]} and {files[1]} are written"
+        ) from error
+    return files
+
+
+def _write_text(path: Path, text: str) -> None:
+    with artifact.atomic(path) as temporary:
+        temporary.write_text(text, "utf-8")

@@ -1,0 +1,86 @@
+"""Two sentences that say what a comparison found, whatever it found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safeopt.report.summary import BASELINE, runs_of, summarise
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """What the protected arms did at equal steps, and at equal skill, against AdamW and their random controls.
+
+    Two arms differ only where their 95 % intervals do not overlap; else "no difference shown". Attack success is that
+    on the first harmful set; the tables hold the others.
+    """
+    summary = summarise(results)
+    name = next(iter(summary["start"]["attack"]))
+    repair = results["scenario"] == "repair"
+    steps = _sentence(results, summary["equal_steps"], lambda row: row["attack"][name])
+    first = (
+        f"After {results['settings']['steps']} steps of {results['scenario']} training, attack success on {name} "
+        f"({_show(summary['start']['attack'][name])} before) was {steps}."
+    )
+    what = "over-refusal of harmless prompts" if repair else f"attack success on {name}"
+    pick = (lambda row: row["over_refusal"]) if repair else (lambda row: row["attack"][name])
+    skill = _sentence(results, summary["equal_skill"], pick)
+    second = (
+        f"Read at equal skill ({summary['skill']} {100 * summary['level']:.1f} %, which is "
+        f"{100 * results['equal_skill']:g} % of adamw's at its last step), {what} was {skill}."
+    )
+    return f"{first} {second}"
+
+
+def controls_of(results: dict[str, Any], arm: str) -> list[str]:
+    """The random controls of an arm that were run: ``spa-random:0.01`` for ``spa:0.01``."""
+    base, _, value = arm.partition(":")
+    return [
+        other
+        for other in results["arms"]
+        if runs_of(results, other)[0]["control"]
+        and other.partition(":")[0].startswith(f"{base}-")
+        and other.partition(":")[2] == value
+    ]
+
+
+def _sentence(results: dict[str, Any], rows: dict[str, Any], pick: Any) -> str:
+    clauses = [f"{_arm(BASELINE, rows, pick)}"]
+    for arm in results["arms"]:
+        run = runs_of(results, arm)[0]
+        if run["mask"] is None or run["control"]:
+            continue
+        controls = controls_of(results, arm)
+        against = [_relation(arm, other, rows, pick) for other in [BASELINE, *controls]]
+        if not controls:
+            against.append("no random control was run")
+        clauses.append(f"{_arm(arm, rows, pick)}: {', '.join(against)}")
+    return "; ".join(clauses)
+
+
+def _arm(arm: str, rows: dict[str, Any], pick: Any) -> str:
+    row = rows[arm]
+    if not row["reached"]:
+        return f"not read with {arm} (it never got there)"
+    some = (
+        ""
+        if row["reached"] == row["seeds"]
+        else f" in the {row['reached']} of {row['seeds']} seeds that got there"
+    )
+    return f"{_show(pick(row))} with {arm}{some}"
+
+
+def _relation(arm: str, other: str, rows: dict[str, Any], pick: Any) -> str:
+    if not rows[arm]["reached"] or not rows[other]["reached"]:
+        return f"not comparable with {other}"
+    one, two = pick(rows[arm]), pick(rows[other])
+    value = "" if other == BASELINE else f" ({_show(two)})"
+    if one["interval"][1] < two["interval"][0]:
+        return f"lower than {other}{value}"
+    if one["interval"][0] > two["interval"][1]:
+        return f"higher than {other}{value}"
+    return f"no difference shown from {other}{value}"
+
+
+def _show(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{100 * found['rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
