@@ -1,0 +1,77 @@
+"""hold: pin selected weights under any optimizer, by writing their values back after every step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from safeopt.mask import SafetyMask
+from safeopt.names import Source, parameters, require
+
+
+def hold(optimizer: Optimizer, mask: SafetyMask, model_or_named_params: Source) -> RemovableHandle:
+    """Keep the selected elements at the values they have now, exactly, under any optimizer.
+
+    Works through a step post hook. The optimizer still computes and stores its state for the held
+    elements, and what it computes across elements (Muon's orthogonal update, Adafactor's factored
+    moments, a clipped norm) still sees them; only their values stay. For AdamW,
+    `SafeAdamW(freeze=)` gives the same weights for less memory. Use this for SGD with momentum,
+    Muon, Adafactor, 8-bit optimizers.
+
+    Args:
+        optimizer: any torch optimizer, also one that accelerate has wrapped.
+        mask: selected elements are held. Cost: their values, and the mask's bits.
+        model_or_named_params: the model (its parameters are looked up again at every step, so they
+            may be replaced), or named parameters.
+
+    Returns:
+        A handle; `.remove()` ends the hold and frees the values. Torch neither copies nor pickles
+        hooks with an optimizer: hold again after deepcopy, unpickling, or loading other weights.
+
+    Raises:
+        ValueError: a mask name matches no parameter; a shape differs; a held parameter that
+            requires grad is not one of the optimizer's.
+        NotImplementedError: sharded parameters (DTensor).
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    module = isinstance(model_or_named_params, torch.nn.Module)
+    source = model_or_named_params if module else parameters(model_or_named_params)
+    known = parameters(source)
+    require(mask, known, "hold mask")
+    for name in mask:
+        _check(name, known[name], mask, inner)
+    held = {name: known[name].detach()[_where(mask, name, known[name])] for name in mask}
+
+    def write_back(*_: object) -> None:
+        now = parameters(source)
+        with torch.no_grad():
+            for name, values in held.items():
+                p = now[name]
+                p.masked_scatter_(_where(mask, name, p), values.to(p.device, p.dtype))
+
+    return inner.register_step_post_hook(write_back)
+
+
+def _where(mask: SafetyMask, name: str, param: Tensor) -> Tensor:
+    return mask[name].to_bool(param.device)
+
+
+def _check(name: str, param: Tensor, mask: SafetyMask, optimizer: Optimizer) -> None:
+    if hasattr(param, "device_mesh"):
+        raise NotImplementedError(
+            f"hold does not rule sharded parameters yet, and {name!r} is a DTensor: train this"
+            " model with DDP or in one process"
+        )
+    if mask[name].shape != param.shape:
+        raise ValueError(
+            f"hold mask for {name!r} has shape {tuple(mask[name].shape)}, the parameter has"
+            f" {tuple(param.shape)}: the mask was made for another model"
+        )
+    ours = any(param is p for group in optimizer.param_groups for p in group["params"])
+    if param.requires_grad and not ours:
+        raise ValueError(
+            f"{name!r} is held but is not a parameter of this optimizer: pass the model that the"
+            " optimizer trains, after any wrapping or preparing"
+        )

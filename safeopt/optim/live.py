@@ -1,0 +1,144 @@
+"""Which elements of which parameter an optimizer may move."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeopt.mask import SafetyMask
+from safeopt.names import canonical, require
+
+Rule = tuple[Tensor, int, int, int, bool]
+
+
+class LiveSet:
+    """A safety mask and what happens to its selection: frozen, or the only thing to train.
+
+    Parameters are met by canonical name, each time anew, because sharding swaps the tensors.
+    """
+
+    def __init__(self, mask: SafetyMask, argument: str) -> None:
+        self.argument = argument
+        self.live_bit = argument == "train"
+        self._mask = mask
+        self._selected = {name: bits.count() for name, bits in mask.items()}
+        self._bits: dict[tuple[str, torch.device], Tensor] = {}
+        if not any(self._selected.values()):
+            effect = "nothing will train" if self.live_bit else "nothing is protected"
+            warnings.warn(f"the {argument}= mask selects no weight: {effect}", stacklevel=4)
+
+    @classmethod
+    def of(cls, freeze: SafetyMask | None, train: SafetyMask | None) -> LiveSet | None:
+        """The live set of an optimizer's two arguments, or None without a mask."""
+        if freeze is not None and train is not None:
+            raise ValueError(
+                "freeze= and train= were both given; give one: freeze=mask protects the selected"
+                " weights, train=mask moves nothing else. Combine two masks with & | - first"
+            )
+        for argument, mask in (("freeze", freeze), ("train", train)):
+            if mask is None:
+                continue
+            if not isinstance(mask, SafetyMask):
+                raise TypeError(
+                    f"{argument}= must be a SafetyMask, got {type(mask).__name__}; make one with"
+                    " SafetyMask.from_bool({name: bool tensor}) or SafetyMask.load(path)"
+                )
+            return cls(mask, argument)
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bits": {}}
+
+    def count(self, name: str, param: Tensor) -> int:
+        """Number of live elements of a parameter.
+
+        Raises:
+            ValueError: mask and parameter differ in shape.
+        """
+        if name not in self._mask:
+            return 0 if self.live_bit else param.numel()
+        if self._mask[name].shape != param.shape:
+            raise ValueError(
+                f"{self.argument}= mask for {name!r} has shape {tuple(self._mask[name].shape)}, the"
+                f" parameter has {tuple(param.shape)}: the mask was made for another model, or the"
+                " parameter was sharded or flattened since"
+            )
+        selected = self._selected[name]
+        return selected if self.live_bit else param.numel() - selected
+
+    def rule(self, name: str, device: torch.device) -> Rule:
+        """(bits, span, nbits, offset, live_bit) of a masked parameter, as `ops` takes them."""
+        mask = self._mask[name]
+        if (name, device) not in self._bits:
+            self._bits[name, device] = mask.bits.to(device)
+        return self._bits[name, device], mask.span, mask.nbits, 0, self.live_bit
+
+    def members(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
+        """(canonical name, parameter, live elements) of each parameter of a group, in order.
+
+        Raises:
+            ValueError: parameters without names, or fewer or more of them than names.
+            NotImplementedError: sharded parameters (DTensor).
+        """
+        names, params = group.get("param_names"), group["params"]
+        if names is None:
+            raise ValueError(
+                f"{self.argument}= matches parameters by name, and these have none: pass"
+                " model.named_parameters() in place of model.parameters(), or groups whose"
+                " 'params' is a list of (name, parameter) pairs"
+            )
+        if len(names) != len(params):
+            raise ValueError(
+                f"the group has {len(params)} parameters and {len(names)} names: something replaced"
+                " its parameters (DeepSpeed and FSDP1 flatten them). A mask needs the original"
+                " ones: use DDP or one process"
+            )
+        for name, param in zip(map(canonical, names), params, strict=True):
+            if hasattr(param, "device_mesh"):
+                raise NotImplementedError(
+                    f"{self.argument}= does not rule sharded parameters yet, and {name!r} is a"
+                    " DTensor: train this model with DDP or in one process"
+                )
+            yield name, param, self.count(name, param)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Check that the mask can rule a group.
+
+        Raises:
+            ValueError: a tensor under two names, trainable LoRA adapters, or as `members`.
+        """
+        seen: dict[int, str] = {}
+        for name, param, _ in self.members(group):
+            first = seen.setdefault(id(param), name)
+            if first != name:
+                raise ValueError(
+                    f"{name!r} and {first!r} are one tied tensor; pass it once, as"
+                    " model.named_parameters() does"
+                )
+            adapter = any(part.startswith("lora_") for part in name.split("."))
+            if adapter and param.requires_grad and name not in self._mask:
+                raise ValueError(
+                    f"{name!r} is a trainable LoRA adapter that the {self.argument}= mask does not"
+                    " name: an adapter moves every element of its base weight, so a mask made for"
+                    " base weights cannot protect them. Merge the adapters (merge_and_unload) and"
+                    " train the base weights with this mask, or train the adapters without a mask"
+                )
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """ValueError with near misses when a mask name matches none of the parameters."""
+        require(self._mask, list(names), f"{self.argument}= mask")
+
+    def digest(self, group: dict[str, Any]) -> str:
+        """Hash of what is live in a group: the same for freeze=m and train=~m."""
+        sha = hashlib.sha256()
+        for name, param, live in self.members(group):
+            sha.update(f"{name}:{live}/{param.numel()};".encode())
+            if 0 < live < param.numel():
+                mask = self._mask[name] if self.live_bit else ~self._mask[name]
+                sha.update(mask.to("cpu").to_weights().bits.numpy().data)
+        return sha.hexdigest()
