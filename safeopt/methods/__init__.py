@@ -1,0 +1,8 @@
+"""One file per paper: each says how the paper scores weights, in terms of `score` and `select`."""
+
+from __future__ import annotations
+
+from safeopt.methods.esi import ESI
+from safeopt.methods.judge import GuardObjective
+
+__all__ = ["ESI", "GuardObjective"]
