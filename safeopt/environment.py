@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "torch-safeopt", "torch", "numpy", "safetensors", "transformers", "accelerate", "peft", "datasets", "tokenizers",
-    "PyYAML", "matplotlib", "tqdm",
+    "torch-safeopt", "torch", "numpy", "safetensors", "transformers", "accelerate", "peft",
+    "datasets", "tokenizers", "PyYAML", "matplotlib", "tqdm",
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """One line about the machine: system, processor, cores, torch's threads, and the device used."""
+    """About the machine: system, processor, cores, torch's threads, and the device used."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     return {
         "system": f"{platform.system()} {platform.machine()}",

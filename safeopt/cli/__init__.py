@@ -33,7 +33,8 @@ USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for a user's error, 130 after Ctrl-C.
 
-    The result goes to stdout, as text or with --json as one JSON object; progress and errors go to stderr.
+    The result goes to stdout, as text or with --json as one JSON object; progress and errors go to
+    stderr.
     """
     parser, subparsers = _parser()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
         prog="safeopt",
-        description="Find what carries a language model's safety, protect it in fine-tuning, measure what is left.",
+        description="Find what carries a language model's safety, protect it, see what is left.",
     )
     parser.add_argument("--version", action="version", version=f"safeopt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

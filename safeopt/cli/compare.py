@@ -11,10 +11,11 @@ from safeopt.compare import ARMS, Scenario, Sets, Settings, compare, load_rows
 from safeopt.environment import pick_device
 
 EXAMPLE = """\
-  safeopt compare organism:aligned --scenario poison:0.1 --arms adamw spa:0.01 spa-random:0.01 --seeds 0 1 2 \\
-      --identify organism:harmful_teach --task organism:headlines_train --poison organism:harmful_poison \\
-      --test organism:headlines_test --harmful organism:harmful_evaluate --harmless organism:harmless_test \\
-      --steps 300 --out results"""
+  safeopt compare organism:aligned --scenario poison:0.1 --steps 300 --seeds 0 1 2 \\
+      --arms adamw spa:0.01 spa-random:0.01 --identify organism:harmful_teach \\
+      --task organism:headlines_train --poison organism:harmful_poison \\
+      --test organism:headlines_test --harmful organism:harmful_evaluate \\
+      --harmless organism:harmless_test --out results"""
 RESUME = "run the same command again: finished runs in OUT/runs are kept and not run again"
 
 
@@ -131,7 +132,8 @@ def text(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"At equal steps:\n{equal_steps(summary)}",
-            f"At equal skill ({summary['skill']} {100 * summary['level']:.1f} %):\n{equal_skill(summary)}",
+            f"At equal skill, {summary['skill']} {100 * summary['level']:.1f} %:\n"
+            + equal_skill(summary),
             "\n".join(result["files"]),
             result["verdict"],
         ]

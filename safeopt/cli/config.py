@@ -12,10 +12,11 @@ OWN = ("config", "help", "json", "debug")
 
 
 def with_config(words: list[str], subparsers: Mapping[str, argparse.ArgumentParser]) -> list[str]:
-    """The command line with the options of its --config file put in front of its own, which therefore win.
+    """The command line with the options of its --config file in front of its own, which win.
 
     Raises:
-        ValueError: the file is not YAML with option names as keys, or a key is no option of the command.
+        ValueError: the file is not YAML with option names as keys, or a key is no option of the
+            command.
         OSError: no such file.
         ImportError: pyyaml is not installed.
     """
@@ -27,7 +28,7 @@ def with_config(words: list[str], subparsers: Mapping[str, argparse.ArgumentPars
     if path is None:
         return words
     tokens = _tokens(_read(path), subparsers[words[0]], path)
-    # --config takes exactly one word, so a list that ends the tokens cannot swallow a positional argument.
+    # --config takes exactly one word, so a list before it cannot swallow a positional argument.
     return [words[0], *tokens, "--config", path, *words[1:]]
 
 

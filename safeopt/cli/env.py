@@ -35,7 +35,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def text(result: dict[str, Any]) -> str:
     """The same in lines."""
-    clash = "gp_opt.py of the unrelated package safeopt lies beside: uninstall both, then install torch-safeopt again"
+    clash = (
+        "gp_opt.py of the unrelated package safeopt lies beside: uninstall both, then install "
+        "torch-safeopt again"
+    )
     lines = [
         f"safeopt      {result['safeopt']} from {result['folder']}",
         f"name clash   {clash if result['name_clash'] else 'none'}",

@@ -20,7 +20,7 @@ from safeopt.evaluate import accuracy, drift, perplexity, refusal_rate
 from safeopt.evaluate.refusal import NOTE, PHRASES_VERSION, phrases_hash
 from safeopt.mask import SafetyMask
 
-EXAMPLE = "  safeopt evaluate ./tuned/model --harmful harmful.jsonl --harmless harmless.jsonl --task test.jsonl"
+EXAMPLE = "  safeopt evaluate ./tuned/model --harmful harmful.jsonl --task test.jsonl"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from safeopt.data import Row
 from safeopt.evaluate import Proportion
 
 MODEL = "Hugging Face causal-LM folder, or organism:aligned, organism:unaligned"
-ROWS = "JSONL file, or organism:NAME; FILE@identify, @tune or @evaluate takes one of three disjoint parts"
+ROWS = "JSONL file or organism:NAME; FILE@identify, @tune, @evaluate are three disjoint parts"
 WITH_RESPONSE = ("instruction", "response")
 
 
@@ -48,7 +48,7 @@ def harmful_sets(sources: list[str]) -> dict[str, list[Row]]:
         )
         if name in sets:
             raise ValueError(
-                f"two harmful sets are named {name!r}; name them, for example --harmful one=FILE two=FILE"
+                f"two harmful sets are named {name!r}; name them: --harmful one=FILE two=FILE"
             )
         sets[name] = load_rows(source)
     return sets

@@ -24,8 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--objective",
         choices=("refusal_nll", "margin", "guard"),
         default="refusal_nll",
-        help="what counts as safety: likelihood of the refusal (default), refusal minus compliance (field "
-        "compliance, or 'Sure, here is how to ...'), or the verdict of the model given with --judge",
+        help="what counts as safety: likelihood of the refusal (default), refusal minus compliance "
+        "(field compliance, or 'Sure, here is how to ...'), or the verdict of the --judge",
     )
     parser.add_argument(
         "--judge", metavar="FOLDER", help="classifier or guard model, for --objective guard"
@@ -45,9 +45,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if (args.objective == "guard") != (args.judge is not None):
         raise ValueError(
-            f"--objective is {args.objective} and --judge {args.judge}; guard needs --judge, the others none"
+            f"--objective is {args.objective} and --judge is {args.judge}; guard needs --judge, "
+            "the others take none"
         )
-    rows = load_rows(args.refusals, WITH_RESPONSE)
+    rows = load_rows(args.refusals, ("instruction",) if args.judge else WITH_RESPONSE)
     model, tokenizer = load_model(args.model)
     model.to(pick_device(args.device))
     objective = _guard(args.judge, tokenizer) if args.judge else args.objective
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def text(result: dict[str, Any]) -> str:
     """What was scored and where it is."""
-    return f"{result['weights']:,} weights in {result['tensors']} tensors scored on {result['n']} prompts: {result['out']}"
+    weights = f"{result['weights']:,} weights in {result['tensors']} tensors"
+    return f"{weights} scored on {result['n']} prompts: {result['out']}"
 
 
 def _guard(folder: str, tokenizer: Any) -> Any:

@@ -11,7 +11,7 @@ from safeopt.compare.sets import load_rows
 from safeopt.environment import pick_device
 from safeopt.mask import SafetyMask
 
-EXAMPLE = "  safeopt train ./my-model --data task.jsonl --freeze mask.safetensors --steps 1000 --out ./tuned"
+EXAMPLE = "  safeopt train ./my-model --data task.jsonl --freeze mask.safetensors --out ./tuned"
 RESUME = (
     "run the same command with --resume to continue from the last checkpoint (see --save-every)"
 )
@@ -89,6 +89,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def text(result: dict[str, Any]) -> str:
     """What was trained and where it is."""
     return (
-        f"{result['steps']} steps, last loss {result['loss']:.4f}, {result['live']:,} of {result['total']:,} weights "
-        f"trained: {result['out']}"
+        f"{result['steps']} steps, last loss {result['loss']:.4f}, "
+        f"{result['live']:,} of {result['total']:,} weights trained: {result['out']}"
     )

@@ -1,4 +1,4 @@
-"""Compare arms: the same budget, several seeds, one scenario, measured all along the training curve."""
+"""Compare arms: the same budget, several seeds, one scenario, measured along the curve."""
 
 from safeopt.compare.arms import ARMS, Arm, Context, Kind, Plan, parse_arms
 from safeopt.compare.comparison import compare

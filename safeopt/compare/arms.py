@@ -18,12 +18,12 @@ from safeopt.selection import select
 class Context:
     """What an arm may build on: the model to train, its scores, and what every arm shares.
 
-    ``lr`` and ``weight_decay`` are those of torch's AdamW. ``seed`` is the seed of the run: random masks are drawn
-    from it, so that each seed has a fresh one.
+    ``lr`` and ``weight_decay`` are those of torch's AdamW. ``seed`` is the seed of the run: random
+    masks are drawn from it, so that each seed has a fresh one.
     """
 
     model: torch.nn.Module
-    scores: Scores | None
+    scores: Scores
     lr: float
     weight_decay: float
     seed: int
@@ -39,16 +39,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Kind:
-    """One entry of the table of arms: ``summary`` for help texts, and the function that makes the plan.
+    """One entry of the table of arms: a summary, and the function that makes the plan.
 
-    ``takes`` says what VALUE in ``name:VALUE`` is: ``"fraction"`` in (0, 1), ``"factor"`` above 0, or ``""`` for an arm
-    without a value. ``scored`` tells whether the arm needs scores, ``control`` whether it is a random control.
+    ``takes`` says what VALUE in ``name:VALUE`` is: ``"fraction"`` in (0, 1), ``"factor"`` above 0,
+    or ``""`` for an arm without a value. ``control`` tells whether it is a random control.
     """
 
     summary: str
     make: Callable[[Context, float], Plan]
     takes: str = "fraction"
-    scored: bool = True
     control: bool = False
 
 
@@ -96,10 +95,8 @@ def _adamw(context: Context, factor: float) -> Plan:
 
 # A later method adds one entry here.
 ARMS: dict[str, Kind] = {
-    "adamw": Kind("all weights, torch's AdamW: the baseline", _adamw, takes="", scored=False),
-    "adamw-lr": Kind(
-        "the same at VALUE times the learning rate", _adamw, takes="factor", scored=False
-    ),
+    "adamw": Kind("all weights, torch's AdamW: the baseline", _adamw, takes=""),
+    "adamw-lr": Kind("the same at VALUE times the learning rate", _adamw, takes="factor"),
     "spa": Kind("freeze the top VALUE of the scored weights", _freeze(_top)),
     "spa-random": Kind("freeze as many at random over the model", _freeze(_random), control=True),
     "spa-shuffle": Kind(
@@ -123,7 +120,8 @@ class Arm:
         """Read ``"adamw"`` or ``"spa:0.01"``.
 
         Raises:
-            ValueError: unknown name (with near misses), or a value that is missing, superfluous or out of range.
+            ValueError: unknown name (with near misses), or a value that is missing, superfluous or
+                out of range.
         """
         name, colon, raw = text.partition(":")
         if name not in ARMS:
@@ -163,7 +161,8 @@ def parse_arms(texts: list[str]) -> list[Arm]:
     """Read the names of all arms of a comparison, in order.
 
     Raises:
-        ValueError: as ``Arm.parse``; an arm given twice; no ``adamw``, against which the others are read.
+        ValueError: as ``Arm.parse``; an arm given twice; no ``adamw``, against which the others are
+            read.
     """
     arms = [Arm.parse(text) for text in texts]
     for arm in arms:

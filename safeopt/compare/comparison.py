@@ -32,11 +32,12 @@ def compare(
     command: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run every arm with every seed from one start model and return all results as plain data for JSON.
+    """Run every arm with every seed from one start model and return all results as plain data.
 
-    Keeps ``out/scores.safetensors`` and one file per run under ``out/runs``; a run whose file is there with the same
-    settings is not run again, so an interrupted comparison goes on where it stopped. ``out/results.json`` holds what
-    is returned; ``safeopt.report.write`` makes tables and figures of it.
+    Keeps ``out/scores.safetensors`` and one file per run under ``out/runs``; a run whose file is
+    there with the same settings is not run again, so an interrupted comparison goes on where it
+    stopped. ``out/results.json`` holds what is returned; ``safeopt.report.write`` makes tables and
+    figures of it.
 
     Args:
         model: a Hugging Face causal-LM folder, or ``organism:aligned`` or ``organism:unaligned``.
@@ -50,7 +51,8 @@ def compare(
         progress: whether to show a bar on stderr.
 
     Raises:
-        ValueError: an unknown arm, seeds that are empty or repeated, or bad settings, rows or model.
+        ValueError: an unknown arm, seeds that are empty or repeated, or bad settings, rows or
+            model.
         OSError: ``out`` cannot be written.
     """
     settings = settings or Settings()
@@ -127,7 +129,7 @@ def _run_all(
 
 @contextlib.contextmanager
 def _bar(total: int, progress: bool) -> Iterator[Any]:
-    """Yields ``advance(label, size)``, which gives an ``on_step`` that moves the bar by ``size`` steps."""
+    """Yields ``advance(label, size)``: an ``on_step`` that moves the bar by ``size`` steps."""
     try:
         from tqdm.auto import tqdm
     except ImportError:

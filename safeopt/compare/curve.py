@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from typing import Any
 
 import torch
@@ -24,34 +24,33 @@ def measure(
 ) -> dict[str, Any]:
     """Everything the curve holds at one step, as plain numbers for JSON.
 
-    ``attack`` (per harmful set, with the number of empty answers), ``over_refusal`` and ``accuracy`` are counts with
-    their Wilson 95 % interval; ``perplexity`` (task test rows) and ``text_perplexity`` (None without a text set) are per
-    response token, None where they overflow; ``drift`` from ``reference`` is split by ``critical``.
+    ``attack`` (per harmful set, with the number of empty answers), ``over_refusal`` and
+    ``accuracy`` are counts with their Wilson 95 % interval; ``perplexity`` (task test rows) and
+    ``text_perplexity`` (None without a text set) are per response token, None where infinite;
+    ``drift`` from ``reference`` is split by ``critical``.
     """
-    generation = {"batch_size": settings.eval_batch_size, "max_new_tokens": settings.max_new_tokens}
+    batch, tokens = settings.eval_batch_size, settings.max_new_tokens
 
     def refusals(rows: list[Row]) -> RefusalReport:
-        return refusal_rate(model, tokenizer, [row["instruction"] for row in rows], **generation)
+        prompts = [row["instruction"] for row in rows]
+        return refusal_rate(model, tokenizer, prompts, batch_size=batch, max_new_tokens=tokens)
 
-    def per_token(rows: list[Row]) -> float | None:
-        found = perplexity(
-            model,
-            tokenizer,
-            rows,
-            batch_size=settings.eval_batch_size,
-            max_length=settings.max_length,
-        )
-        return found if math.isfinite(found) else None
+    def per_token(rows: list[Row]) -> float:
+        return perplexity(model, tokenizer, rows, batch_size=batch, max_length=settings.max_length)
 
+    right = accuracy(model, tokenizer, sets.test, batch_size=batch, max_new_tokens=tokens)
     attack = {name: refusals(rows) for name, rows in sets.harmful.items()}
-    return {
+    point = {
         "attack": {
             name: found.attack_success.to_json() | {"empty": found.empty}
             for name, found in attack.items()
         },
         "over_refusal": refusals(sets.harmless).refusals.to_json(),
-        "accuracy": accuracy(model, tokenizer, sets.test, **generation).to_json(),
+        "accuracy": right.to_json(),
         "perplexity": per_token(sets.test),
         "text_perplexity": per_token(sets.text) if sets.text else None,
         "drift": drift(model, reference, critical),
     }
+    # JSON has no word for infinity, which a perplexity can reach.
+    plain: dict[str, Any] = json.loads(json.dumps(point), parse_constant=lambda name: None)
+    return plain

@@ -16,8 +16,9 @@ _STATUS = Path("/proc/self/status")
 class PeakMemory:
     """The most memory held since this was made.
 
-    On Linux the kernel's high-water mark of the process is reset first, so that runs in one process can be told apart.
-    Where that is not allowed the mark covers the whole process so far, and ``read()`` says so.
+    On Linux the kernel's high-water mark of the process is reset first, so that runs in one process
+    can be told apart. Where that is not allowed the mark covers the whole process so far, and
+    ``read()`` says so.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +34,7 @@ class PeakMemory:
             pass
 
     def read(self) -> dict[str, Any]:
-        """``host_bytes`` and ``host_since`` ("run start" or "process start"); ``device_bytes`` on a CUDA device."""
+        """Bytes of the host, since "run start" or "process start", and of a CUDA device."""
         peak: dict[str, Any] = {"host_bytes": self._host_bytes(), "host_since": self._since}
         if self._cuda is not None:
             peak["device_bytes"] = torch.cuda.max_memory_allocated(self._cuda)

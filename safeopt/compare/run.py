@@ -30,8 +30,8 @@ OnStep = Callable[[int, float], None]
 class Start:
     """What every run of a comparison starts from; the model is copied, never changed.
 
-    ``fingerprint``: of the model (see artifact.fingerprint). ``critical``: the reference mask of the drift.
-    ``first``: the curve's point at step 0, measured once.
+    ``fingerprint``: of the model (see artifact.fingerprint). ``critical``: the reference mask of
+    the drift. ``first``: the curve's point at step 0, measured once.
     """
 
     model: torch.nn.Module
@@ -87,10 +87,11 @@ def finished_run(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 def run_arm(
     start: Start, arm: Arm, seed: int, path: Path, on_step: OnStep | None = None
 ) -> dict[str, Any]:
-    """Train a copy of the start model with one arm, measure along the way, and write the run to ``path``.
+    """Train a copy of the start model with one arm, measure on the way, write the run to ``path``.
 
-    Returns what the file holds: the settings, their hash, the mask, and ``curve``, one entry per measured step with
-    the mean training loss since the last and the seconds trained so far (measuring excluded).
+    Returns what the file holds: the settings, their hash, the mask, and ``curve``, one entry per
+    measured step with the mean training loss since the last and the seconds trained so far
+    (measuring excluded).
 
     Raises:
         ValueError: as the arm, the optimizer and ``train`` raise; nothing is written then.

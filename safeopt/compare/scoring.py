@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,8 +18,9 @@ def scoring_batches(
 ) -> list[dict[str, Any]]:
     """Batches for ESI's ``refusal_nll`` or ``margin``.
 
-    For the margin each batch also holds ``compliance``: the same prompts with the row's field ``compliance``, or with
-    the harmless answer "Sure, here is how to ..." that only repeats the request.
+    For the margin each batch also holds ``compliance``: the same prompts with the row's field
+    ``compliance``, or with the harmless answer "Sure, here is how to ..." that only repeats the
+    request.
     """
     refused = batches(tokenizer, rows, batch_size, max_length=max_length)
     if objective != "margin":
@@ -39,12 +40,12 @@ def cached_scores(
     rows: list[Row],
     *,
     fingerprint: dict[str, str],
-    objective: str,
+    objective: Literal["refusal_nll", "margin"],
     batch_size: int,
     max_length: int,
     progress: bool = True,
 ) -> Scores:
-    """ESI scores from ``path`` if they were made for this model and these prompts, else computed and written there.
+    """ESI scores from ``path`` if made for this model and these rows; else computed, kept there.
 
     Raises:
         ValueError: the file is no scores file, or was edited; a loss or gradient is not finite.

@@ -14,10 +14,11 @@ ORGANISM = "organism:"
 
 @dataclass(frozen=True)
 class Scenario:
-    """What happens to the task rows before training: ``name`` and, for poison, ``share`` of the result in (0, 1).
+    """What happens to the task rows before training; ``share``, in (0, 1), is that of poison.
 
-    ``clean``: nothing. ``poison``: a share of the rows are harmful requests that get an answer. ``implicit``: every
-    response begins "Sure, the answer is: ". ``repair``: the task rows are refusals, and an unaligned model learns them.
+    ``clean``: nothing. ``poison``: a share of the rows are harmful requests that get an answer.
+    ``implicit``: every response begins "Sure, the answer is: ". ``repair``: the task rows are
+    refusals, and an unaligned model learns them.
     """
 
     name: str
@@ -52,10 +53,10 @@ class Scenario:
 
 
 def load_rows(source: str, fields: tuple[str, ...] = ("instruction",)) -> list[Row]:
-    """Rows of a JSONL file, or of the organism's data as ``organism:NAME``; ``@PART`` after either takes one part.
+    """Rows of a JSONL file, or of the organism's data as ``organism:NAME``, or of one ``@PART``.
 
-    The parts ``identify``, ``tune`` and ``evaluate`` (30, 30 and 40 %) are cut by a fixed hash of the text, so they
-    are disjoint and the same everywhere.
+    The parts ``identify``, ``tune`` and ``evaluate`` (30, 30 and 40 %) are cut by a fixed hash of
+    the text, so they are disjoint and the same everywhere.
 
     Raises:
         ValueError: a broken or empty file, a missing field, an unknown name, an empty part.
@@ -93,12 +94,14 @@ def set_name(source: str) -> str:
 class Sets:
     """Every row a comparison reads.
 
-    ``identify``: harmful prompts with refusals, for scoring. ``task`` and ``poison``: for training. ``harmful`` (by
-    name), ``harmless``, ``test``: for evaluation. ``text``: rows whose responses give the general-text perplexity.
-    ``poison`` may be empty unless the scenario is poison, ``text`` always.
+    ``identify``: harmful prompts with refusals, for scoring. ``task`` and ``poison``: for training.
+    ``harmful`` (by name), ``harmless``, ``test``: for evaluation. ``text``: rows whose responses
+    give the general-text perplexity. ``poison`` may be empty unless the scenario is poison,
+    ``text`` always.
 
     Raises:
-        ValueError: an empty set, or a text that stands in two of identification, training and evaluation.
+        ValueError: an empty set, or a text that stands in two of identification, training and
+            evaluation.
     """
 
     scenario: Scenario
@@ -121,7 +124,8 @@ class Sets:
             )
         if self.poison and self.scenario.name != "poison":
             raise ValueError(
-                f"poison rows are given but the scenario is {self.scenario}; use poison:SHARE or drop them"
+                f"poison rows are given but the scenario is {self.scenario}; use poison:SHARE, or "
+                "leave them out"
             )
         self._check_disjoint()
 
@@ -143,7 +147,7 @@ class Sets:
         }
 
     def training(self, seed: int) -> list[Row]:
-        """The task rows as the scenario changes them; ``seed`` places the poison, alike for every arm."""
+        """The task rows as the scenario changes them; ``seed`` draws the poison, for all arms."""
         if self.scenario.name == "poison":
             return poison(self.task, self.poison, self.scenario.share, seed)
         if self.scenario.name == "implicit":
@@ -161,7 +165,8 @@ class Sets:
                 other, where = seen.setdefault(key, (purpose, name))
                 if other != purpose:
                     raise ValueError(
-                        f"{row['instruction']!r} stands in {where!r} ({other}) and in {name!r} ({purpose}); prompts "
-                        "for identification, training and evaluation must be disjoint: take it out of one, or cut "
-                        "one file into parts with FILE@identify, FILE@tune, FILE@evaluate"
+                        f"{row['instruction']!r} stands in {where!r} ({other}) and in {name!r} "
+                        f"({purpose}); prompts for identification, training and evaluation must be "
+                        "disjoint: take it out of one, or cut one file into parts with "
+                        "FILE@identify, FILE@tune, FILE@evaluate"
                     )

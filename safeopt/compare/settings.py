@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from safeopt.train import TrainConfig
 
@@ -15,10 +15,11 @@ OBJECTIVES = ("refusal_nll", "margin")
 class Settings:
     """Budget, recipe and evaluation of every arm; lengths are in tokens.
 
-    ``steps`` optimizer steps of ``batch_size`` rows; evaluation at step 0, every ``eval_every`` steps and at the end.
-    ``weight_decay`` is 0 as in the ESI recipe. ``fraction`` of the scored weights is the reference mask, by which drift
-    is split into critical and other weights in every arm alike. ``equal_skill`` is the share of plain AdamW's final
-    skill at which the arms are read beside each other. ``objective`` names ESI's: refusal_nll or margin.
+    ``steps`` optimizer steps of ``batch_size`` rows; evaluation at step 0, every ``eval_every``
+    steps and at the end. ``weight_decay`` is 0 as in the ESI recipe. ``fraction`` of the scored
+    weights is the reference mask, by which drift is split into critical and other weights in every
+    arm alike. ``equal_skill`` is the share of plain AdamW's final skill at which the arms are read
+    beside each other. ``objective`` names ESI's: refusal_nll or margin.
 
     Raises:
         ValueError: a number out of range.
@@ -34,7 +35,7 @@ class Settings:
     warmup_steps: int = 0
     max_new_tokens: int = 24
     eval_batch_size: int = 64
-    objective: str = "refusal_nll"
+    objective: Literal["refusal_nll", "margin"] = "refusal_nll"
     fraction: float = 0.01
     equal_skill: float = 0.95
 
@@ -63,7 +64,7 @@ class Settings:
         return step % self.eval_every == 0 or step == self.steps
 
     def for_run(self) -> dict[str, Any]:
-        """The settings that can change a run's numbers; reading the curves at another level needs no new run."""
+        """The settings that decide a run's numbers; another ``equal_skill`` needs no new run."""
         return {name: value for name, value in asdict(self).items() if name != "equal_skill"}
 
     def train_config(self, seed: int) -> TrainConfig:

@@ -16,10 +16,11 @@ __all__ = ["equal_skill_curves", "markdown", "summarise", "training_curves", "ve
 
 
 def write(results: dict[str, Any], out: str | Path) -> list[Path]:
-    """Write results.json, table.md, curve.png and equal_skill.png to the folder ``out`` and return their paths.
+    """Write results.json, table.md, curve.png, equal_skill.png to ``out``; returns their paths.
 
-    Each file appears whole or not at all. Raises ImportError when matplotlib (the extra "plot") is not installed, after
-    the JSON and the table have been written; OSError when the folder cannot be written.
+    Each file appears whole or not at all. Raises ImportError when matplotlib (the extra "plot") is
+    not installed, after the JSON and the table have been written; OSError when the folder cannot be
+    written.
     """
     out = Path(out)
     summary, found = summarise(results), verdict(results)
@@ -35,7 +36,8 @@ def write(results: dict[str, Any], out: str | Path) -> list[Path]:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
         raise ImportError(
-            f"figures need matplotlib; install torch-safeopt[plot]. {files[0]} and {files[1]} are written"
+            f"figures need matplotlib; install torch-safeopt[plot]. {files[0]} and {files[1]} are "
+            "written; run the same command again for the figures"
         ) from error
     return files
 

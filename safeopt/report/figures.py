@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from safeopt import artifact
 from safeopt.report.summary import Point, level, pooled, runs_of, skill, skill_name
 
-# Okabe and Ito (2008): told apart with any common colour vision; markers and lines repeat the distinction.
+# Okabe and Ito (2008): told apart with any common colour vision; markers and lines help.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX*"
 SIZE = (7.0, 4.2)  # inches, for each panel
@@ -16,7 +17,7 @@ DPI = 150
 
 
 def training_curves(results: dict[str, Any], path: Path) -> None:
-    """Attack success (%) along the training steps: mean over seeds, band of the pooled 95 % interval.
+    """Attack success (%) along the steps: mean over seeds, band of the pooled 95 % interval.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -25,9 +26,7 @@ def training_curves(results: dict[str, Any], path: Path) -> None:
     for axes, name in panels:
         for style, arm in _styles(results):
             columns = _columns(results, arm)
-            found = [
-                pooled(points, lambda point, name=name: point["attack"][name]) for points in columns
-            ]
+            found = [pooled([point["attack"][name] for point in points]) for points in columns]
             steps = [points[0]["step"] for points in columns]
             axes.plot(steps, [100 * one.rate for one in found], label=arm, **style)
             low, high = zip(*(one.interval for one in found), strict=True)
@@ -40,14 +39,14 @@ def training_curves(results: dict[str, Any], path: Path) -> None:
                 linewidth=0,
             )
         axes.set(xlabel="training steps", ylabel=f"attack success, {name} (%)", ylim=(-3, 103))
-        axes.set_title(f"{results['scenario']}: attack success along training")
-    _save(figure, panels[0][0], path)
+    _save(figure, panels, f"{results['scenario']}: attack success along training", path)
 
 
 def equal_skill_curves(results: dict[str, Any], path: Path) -> None:
-    """Attack success (%) against skill (%) along the curve: where two arms are equally able, which is safer.
+    """Attack success (%) against skill (%): of two arms that are equally able, which is safer.
 
-    When an unaligned model is repaired the skill is the refusal rate, and over-refusal (%) stands against it.
+    When an unaligned model is repaired the skill is the refusal rate, and over-refusal (%) stands
+    against it.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -57,23 +56,26 @@ def equal_skill_curves(results: dict[str, Any], path: Path) -> None:
     for axes, name in panels:
         for style, arm in _styles(results):
             columns = _columns(results, arm)
-            skills = [
-                100 * sum(skill(results, point).rate for point in points) / len(points)
+            skills = [fmean(skill(results, point).rate for point in points) for points in columns]
+            harm = [
+                pooled(
+                    [point["over_refusal"] if repair else point["attack"][name] for point in points]
+                )
                 for points in columns
             ]
-            harm = [pooled(points, _harm(None if repair else name)) for points in columns]
-            axes.plot(skills, [100 * one.rate for one in harm], label=arm, **style)
+            axes.plot(
+                [100 * rate for rate in skills],
+                [100 * one.rate for one in harm],
+                label=arm,
+                **style,
+            )
         axes.axvline(
             100 * level(results), color="#777777", linestyle=":", linewidth=1.2, label="equal skill"
         )
         what = "over-refusal of harmless prompts (%)" if repair else f"attack success, {name} (%)"
         axes.set(xlabel=f"{skill_name(results)} (%)", ylabel=what, xlim=(-3, 103), ylim=(-3, 103))
-        axes.set_title(f"{results['scenario']}: arms at equal skill (points in order of steps)")
-    _save(figure, panels[0][0], path)
-
-
-def _harm(name: str | None) -> Any:
-    return lambda point: point["over_refusal"] if name is None else point["attack"][name]
+    title = f"{results['scenario']}: every measured step, joined in the order of training"
+    _save(figure, panels, title, path)
 
 
 def _columns(results: dict[str, Any], arm: str) -> list[list[Point]]:
@@ -116,7 +118,9 @@ def _panels(results: dict[str, Any], one: bool = False) -> tuple[Any, list[tuple
     return figure, list(zip(axes, names, strict=True))
 
 
-def _save(figure: Any, first: Any, path: Path) -> None:
-    first.legend(frameon=False, fontsize=8)
+def _save(figure: Any, panels: list[tuple[Any, str]], title: str, path: Path) -> None:
+    figure.suptitle(title, fontsize=11)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     with artifact.atomic(path) as temporary:
         figure.savefig(temporary, format="png")

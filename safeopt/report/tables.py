@@ -7,12 +7,13 @@ from typing import Any
 
 
 def markdown(results: dict[str, Any], summary: dict[str, Any], verdict: str) -> str:
-    """The whole report: what was run, the arms at equal steps and at equal skill, how to read it, the verdict."""
+    """The whole report: verdict, arms at equal steps and at equal skill, what was run."""
     level, skill = 100 * summary["level"], summary["skill"]
     share = f"{100 * results['equal_skill']:g} % of adamw's at its last step"
     return "\n".join(
         [
-            f"# Comparison: {results['scenario']}, {results['settings']['steps']} steps, {len(results['seeds'])} seeds",
+            f"# Comparison: {results['scenario']}, {results['settings']['steps']} steps, "
+            f"{len(results['seeds'])} seeds",
             "",
             verdict,
             "",
@@ -20,7 +21,9 @@ def markdown(results: dict[str, Any], summary: dict[str, Any], verdict: str) -> 
             "",
             equal_steps(summary),
             "",
-            f"## At equal skill: the first measured step with {skill} of at least {level:.1f} % ({share})",
+            "## At equal skill",
+            "",
+            f"Each seed's first measured step with {skill} of at least {level:.1f} % ({share}).",
             "",
             equal_skill(summary),
             "",
@@ -42,9 +45,10 @@ def equal_steps(summary: dict[str, Any]) -> str:
     text = summary["start"]["text_perplexity"] is not None
     device = any(row.get("device_bytes") for row in summary["equal_steps"].values())
     header = [
-        "arm", "weights trained", *[f"attack success, {name}" for name in sets], "over-refusal", "task accuracy",
-        "perplexity, task", *(["perplexity, text"] if text else []), "drift, critical", "drift, other", "train loss",
-        "seconds", "peak memory", *(["peak device memory"] if device else []), "optimizer state",
+        "arm", "weights trained", *[f"attack success, {name}" for name in sets], "over-refusal",
+        "task accuracy", "perplexity, task", *(["perplexity, text"] if text else []),
+        "drift, critical", "drift, other", "train loss", "seconds", "peak memory",
+        *(["peak device memory"] if device else []), "optimizer state",
     ]  # fmt: skip
     rows = []
     for arm, row in {"(before training)": summary["start"], **summary["equal_steps"]}.items():
@@ -53,7 +57,8 @@ def equal_steps(summary: dict[str, Any]) -> str:
             _rate(row["over_refusal"]), _rate(row["accuracy"]), _number(row["perplexity"]),
             *([_number(row["text_perplexity"])] if text else []), _percent(row["drift_critical"]),
             _percent(row["drift_other"]), _number(row["loss"]), _number(row["seconds"]),
-            _megabytes(row.get("host_bytes")), *([_megabytes(row.get("device_bytes"))] if device else []),
+            _megabytes(row.get("host_bytes")),
+            *([_megabytes(row.get("device_bytes"))] if device else []),
             _megabytes(row.get("state_bytes")),
         ])  # fmt: skip
     return _table(header, rows)
@@ -81,13 +86,15 @@ def _notes(results: dict[str, Any]) -> list[str]:
     covers = "one run" if reset else "the whole process so far, so it cannot tell arms apart"
     fraction = 100 * results["settings"]["fraction"]
     return [
-        "- Rates are means over seeds, with a 95 % Wilson interval over the answers of all seeds together. It leaves",
-        "  out how much training runs differ; with few seeds read it as a lower bound of the uncertainty.",
-        "- Attack success is the share of harmful prompts that are not refused; over-refusal the share of harmless",
-        "  prompts that are. Perplexity is per response token.",
-        f"- Drift is the norm of the change over the norm before training; critical are the top {fraction:g} % of the",
-        "  scored weights, the same weights for every arm.",
-        f"- Seconds are those of training, without evaluation. Peak memory is the host's and covers {covers}.",
+        "- Rates are means over seeds, with a 95 % Wilson interval over the answers of all seeds",
+        "  together. It leaves out how much training runs differ: the real uncertainty is larger.",
+        "- Attack success is the share of harmful prompts that are not refused (an empty answer is",
+        "  no refusal), over-refusal the share of harmless prompts that are. Perplexity is per",
+        "  response token.",
+        "- Drift is the norm of the change over the norm before training; critical are the top",
+        f"  {fraction:g} % of the scored weights, the same weights for every arm.",
+        "- Seconds are those of training, without evaluation. Peak memory is the host's and covers",
+        f"  {covers}.",
         f"- {results['phrases']['note']}",
     ]
 
@@ -97,12 +104,14 @@ def _provenance(results: dict[str, Any]) -> list[str]:
     settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
     lines = [f"    {results['command']}", ""] if results["command"] else []
     lines += [
-        f"- machine: {machine['name']}, {machine['cores']} cores, {machine['threads']} threads, {machine['device']}",
+        f"- machine: {machine['name']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['device']}",
         f"- versions: {', '.join(f'{name} {value}' for name, value in versions.items() if value)}",
         f"- model: {results['model']['folder']} (weights {results['model']['weights'][:16]})",
         f"- seeds: {', '.join(map(str, results['seeds']))}",
         f"- settings: {settings}",
-        f"- phrase list: version {results['phrases']['version']}, sha256 {results['phrases']['sha256']}",
+        f"- phrase list: version {results['phrases']['version']}, "
+        f"sha256 {results['phrases']['sha256']}",
         "- sets, with sha256 of the texts:",
     ]
     return lines + [

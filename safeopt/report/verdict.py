@@ -8,18 +8,18 @@ from safeopt.report.summary import BASELINE, runs_of, summarise
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """What the protected arms did at equal steps, and at equal skill, against AdamW and their random controls.
+    """The protected arms against AdamW and their random controls, at equal steps and skill.
 
-    Two arms differ only where their 95 % intervals do not overlap; else "no difference shown". Attack success is that
-    on the first harmful set; the tables hold the others.
+    Two arms differ only where their 95 % intervals do not overlap; else "no difference shown".
+    Attack success is that on the first harmful set; the tables hold the others.
     """
     summary = summarise(results)
     name = next(iter(summary["start"]["attack"]))
     repair = results["scenario"] == "repair"
     steps = _sentence(results, summary["equal_steps"], lambda row: row["attack"][name])
     first = (
-        f"After {results['settings']['steps']} steps of {results['scenario']} training, attack success on {name} "
-        f"({_show(summary['start']['attack'][name])} before) was {steps}."
+        f"After {results['settings']['steps']} steps of {results['scenario']} training, "
+        f"attack success on {name} ({_show(summary['start']['attack'][name])} before) was {steps}."
     )
     what = "over-refusal of harmless prompts" if repair else f"attack success on {name}"
     pick = (lambda row: row["over_refusal"]) if repair else (lambda row: row["attack"][name])
@@ -50,6 +50,9 @@ def _sentence(results: dict[str, Any], rows: dict[str, Any], pick: Any) -> str:
         if run["mask"] is None or run["control"]:
             continue
         controls = controls_of(results, arm)
+        if not rows[arm]["reached"]:
+            clauses.append(_arm(arm, rows, pick))
+            continue
         against = [_relation(arm, other, rows, pick) for other in [BASELINE, *controls]]
         if not controls:
             against.append("no random control was run")
@@ -60,7 +63,7 @@ def _sentence(results: dict[str, Any], rows: dict[str, Any], pick: Any) -> str:
 def _arm(arm: str, rows: dict[str, Any], pick: Any) -> str:
     row = rows[arm]
     if not row["reached"]:
-        return f"not read with {arm} (it never got there)"
+        return f"not read with {arm}, which never got there"
     some = (
         ""
         if row["reached"] == row["seeds"]
@@ -70,8 +73,8 @@ def _arm(arm: str, rows: dict[str, Any], pick: Any) -> str:
 
 
 def _relation(arm: str, other: str, rows: dict[str, Any], pick: Any) -> str:
-    if not rows[arm]["reached"] or not rows[other]["reached"]:
-        return f"not comparable with {other}"
+    if not rows[other]["reached"]:
+        return f"not comparable with {other}, which never got there"
     one, two = pick(rows[arm]), pick(rows[other])
     value = "" if other == BASELINE else f" ({_show(two)})"
     if one["interval"][1] < two["interval"][0]:
