@@ -41,7 +41,7 @@ def live_elements(
     if offset:
         period = period.roll(-offset)
     copies = -(-numel // period.numel())
-    return period if copies == 1 else period.repeat(copies)[:numel]
+    return (period if copies == 1 else period.repeat(copies))[:numel]
 
 
 def live_indices(live: Tensor, count: int) -> Tensor:
