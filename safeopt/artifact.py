@@ -24,7 +24,8 @@ from safeopt import names
 from safeopt._version import __version__
 
 FORMAT = 1
-CHUNK = 1 << 24  # bytes read, hashed or written at a time
+CHUNK = 1 << 24  # bytes hashed or written at a time
+FULL = 1 << 20  # a disk with fewer free bytes is full
 
 DTYPES = {
     torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
@@ -42,6 +43,7 @@ def write(
     leaves an older file of that name as it was.
 
     Args:
+        path: where to; missing folders are made.
         tensors: any devices and shapes; dtypes uint8, bool, int8-64, float16-64 and bfloat16.
         kind: what the file holds ("mask", "scores"); `read` asks for it.
         manifest: JSON values. "kind" and "format" are ours; "torch" and "safeopt" (versions) are
@@ -80,13 +82,13 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
             tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is cut short, damaged, or no safetensors file ({error}); copy it again from its"
-            " source, or make it again"
+            f"{path} is cut short, damaged, or no safetensors file ({error}); copy it again from"
+            " its source, or make it again"
         ) from error
     if _sha256(header["safeopt"], tensors) != header.get("sha256"):
         raise ValueError(
-            f"{path} was changed after it was written (its SHA-256 does not match); copy it again from"
-            " its source, or make it again"
+            f"{path} was changed after it was written (its SHA-256 does not match); copy it again"
+            " from its source, or make it again"
         )
     return tensors, manifest
 
@@ -95,35 +97,30 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `path`, for a file or a folder, which takes its place on success.
 
-    The body makes a file or a folder at the path it is given. When the body ends, that is flushed to
-    disk and renamed to `path`; when it raises, it is removed and `path` stays as it was. An older
-    folder is moved aside first and removed afterwards, as folders cannot be swapped in one step.
+    The body makes a file or a folder at the path it is given. When the body ends, that is flushed
+    to disk and renamed to `path`; when it raises, it is removed and `path` stays as it was. An
+    older folder is moved aside first and removed afterwards, as folders cannot be swapped in one
+    step: a process killed between the two leaves it beside `path`, as `.NAME.TAG.old`. One killed
+    while it writes leaves `.NAME.TAG.tmp`.
 
     Raises:
-        OSError: cannot write; a full disk is named as such.
+        OSError: cannot write; a full disk is named as such, whatever the body raised about it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:12]
-    temporary = path.with_name(f".{path.name}.{tag}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary
         _flush(temporary)
-        if temporary.is_dir() and path.is_dir():
-            aside = path.with_name(f".{path.name}.{tag}.old")
-            path.rename(aside)
-            temporary.rename(path)
-            shutil.rmtree(aside)
-        else:
-            temporary.replace(path)
+        _replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _disk_full(error, path.parent):
             raise
         raise OSError(
-            error.errno,
-            f"no free disk space left to write {path}; nothing was changed there. Free some space, or"
-            " choose a folder on another disk, and try again",
+            errno.ENOSPC,
+            f"no free disk space left to write {path}; nothing was changed there. Free some space,"
+            " or choose a folder on another disk, and try again",
         ) from error
     finally:
         if temporary.is_dir():
@@ -135,8 +132,9 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 def fingerprint(source: names.Source, *, weights: bool = True) -> dict[str, str]:
     """SHA-256 of a model's parameter names and shapes ("shapes"), and of its weights ("weights").
 
-    Weights are hashed as float32, chunk by chunk, so a bfloat16 checkpoint has one fingerprint whether
-    it is loaded as bfloat16 or as float32. Names are canonical and sorted; a tied tensor counts once.
+    Weights are hashed as float32, chunk by chunk, so a bfloat16 checkpoint has one fingerprint
+    whether it is loaded as bfloat16 or as float32. Names are canonical and sorted; a tied tensor
+    counts once.
 
     Args:
         source: a module, a mapping from name to tensor, or (name, tensor) pairs.
@@ -155,7 +153,7 @@ def fingerprint(source: names.Source, *, weights: bool = True) -> dict[str, str]
 
 
 def digest(texts: Iterable[str]) -> str:
-    """SHA-256 of an ordered list of strings, as hex; where one text ends and the next begins counts."""
+    """SHA-256 of an ordered list of strings, as hex; where one text ends counts."""
     if isinstance(texts, str):
         raise TypeError("digest takes a list of strings, and got one string; pass [text]")
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
@@ -207,12 +205,12 @@ def _refuse_foreign(path: Path) -> None:
         raise ValueError(f"{path} is {found}; give the path of a .safetensors file made by safeopt")
     with path.open("rb") as file:
         start = file.read(9)
-    # A safetensors header begins with "{" at byte 8; its length in front of it may look like a pickle's.
+    # The length in front of a safetensors header, which begins with "{", may look like a pickle.
     if start[8:] != b"{" and start[:1] in (b"\x80", b"P"):
         raise ValueError(
-            f"{path} is a pickle (torch.save or pickle.dump). Loading one can run foreign code, so it"
-            " is refused; if you trust it, load it yourself and write it again, for a mask with"
-            " SafetyMask.from_bool(tensors).save(path)"
+            f"{path} is a pickle or an archive with one (torch.save, pickle.dump, numpy.savez)."
+            " Loading it can run foreign code, so it is refused; if you trust it, load it yourself"
+            " and write it again, for a mask with SafetyMask.from_bool(tensors).save(path)"
         )
 
 
@@ -233,6 +231,27 @@ def _parse(path: Path, header: Mapping[str, str], kind: str) -> dict[str, Any]:
     if found != kind:
         raise ValueError(f"{path} holds {found!r}, and {kind!r} was asked for; give the other file")
     return manifest
+
+
+def _disk_full(error: Exception, folder: Path) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # torch.save and safetensors report a full disk as an error of their own, without an errno.
+    return shutil.disk_usage(folder).free < FULL
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    if not (temporary.is_dir() and path.is_dir()):
+        temporary.replace(path)
+        return
+    aside = temporary.with_suffix(".old")
+    path.rename(aside)
+    try:
+        temporary.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside)
 
 
 def _flush(path: Path) -> None:

@@ -44,14 +44,15 @@ class BitMask:
             raise ValueError(f"shape {tuple(self.shape)} has no elements; leave such tensors out")
         if self.span < 1 or self.nbits < 1 or self.numel % (self.span * self.nbits):
             raise ValueError(
-                f"span {self.span} x nbits {self.nbits} does not divide the {self.numel} elements of"
-                f" shape {tuple(self.shape)}"
+                f"span {self.span} x nbits {self.nbits} does not divide the {self.numel} elements"
+                f" of shape {tuple(self.shape)}"
             )
         length = (-(-self.nbits // 8),)
         if self.bits.dtype != torch.uint8 or tuple(self.bits.shape) != length:
             raise ValueError(
-                f"bits must be uint8 of shape {length} for nbits {self.nbits}, got {self.bits.dtype} of"
-                f" shape {tuple(self.bits.shape)}; BitMask.from_bool packs a bool tensor"
+                f"bits must be uint8 of shape {length} for nbits {self.nbits}, got"
+                f" {self.bits.dtype} of shape {tuple(self.bits.shape)}; BitMask.from_bool packs a"
+                " bool tensor"
             )
         if self.nbits % 8 and int(self.bits[-1]) >> (self.nbits % 8):
             raise ValueError(f"unused bits of the last byte must be zero (nbits {self.nbits})")
@@ -66,7 +67,8 @@ class BitMask:
         """One bit per row of a tensor of `shape`.
 
         Args:
-            rows: bool, one entry per row: shape[:-1], or flattened. A vector is one row.
+            rows: bool, one entry per row: shape[:-1], or flattened.
+            shape: of the ruled tensor. A vector is one row.
         """
         nrows = math.prod(shape[:-1])
         _expect(rows, nrows, "row", shape)
@@ -78,6 +80,7 @@ class BitMask:
 
         Args:
             columns: bool, shape (shape[-1],).
+            shape: of the ruled tensor.
         """
         ncols = math.prod(shape[-1:])
         _expect(columns, ncols, "column", shape)
@@ -117,7 +120,7 @@ class BitMask:
         return int((histogram * _POPCOUNT).sum())
 
     def to_bool(self, device: torch.device | str | None = None) -> Tensor:
-        """The mask as a bool tensor of the ruled tensor's shape, on `device` (default: where it is)."""
+        """The mask as a bool tensor of the ruled tensor's shape, on `device` or where it is."""
         bits = self.bits if device is None else self.bits.to(device)
         units = _unpack(bits, self.nbits).view(1, self.nbits, 1)
         repeats = self.numel // (self.span * self.nbits)
@@ -132,7 +135,7 @@ class BitMask:
         return replace(self, bits=self.bits.to(device))
 
     def shuffled(self, seed: int) -> BitMask:
-        """As many units as here, chosen uniformly at random; the same for a seed on every device."""
+        """As many units as here, drawn uniformly; the same for a seed on every device."""
         wanted = self.count_units()
         generator = torch.Generator().manual_seed(seed)
         # Draw the rarer side, so that at most half of the draws hit a unit that is taken.
@@ -173,8 +176,8 @@ class BitMask:
     def _aligned(self, other: BitMask) -> tuple[BitMask, BitMask]:
         if self.shape != other.shape:
             raise ValueError(
-                f"masks of shapes {tuple(self.shape)} and {tuple(other.shape)} cannot be combined; both"
-                " must be made for the same model"
+                f"masks of shapes {tuple(self.shape)} and {tuple(other.shape)} cannot be combined;"
+                " both must be made for the same model"
             )
         if (self.span, self.nbits) == (other.span, other.nbits):
             return self, other
@@ -190,11 +193,18 @@ def _pack(selected: Tensor) -> Tensor:
     flat = selected.detach().contiguous().reshape(-1)
     if flat.device.type == "cpu":
         return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
-    padded = torch.nn.functional.pad(flat.view(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
-    # Shifts in place of a product and a sum: no int64 copy of the mask on the device.
-    bits = padded[:, 0].clone()
+    return _pack_on_device(flat)
+
+
+def _pack_on_device(flat: Tensor) -> Tensor:
+    octets = flat.view(torch.uint8)
+    if flat.numel() % 8:
+        octets = torch.nn.functional.pad(octets, (0, -flat.numel() % 8))
+    octets = octets.view(-1, 8)
+    # Shifts in place of a product and a sum, which would make an int64 copy of the mask.
+    bits = octets[:, 0].clone()
     for place in range(1, 8):
-        bits |= padded[:, place] << place
+        bits |= octets[:, place] << place
     return bits
 
 
@@ -203,6 +213,10 @@ def _unpack(bits: Tensor, nbits: int) -> Tensor:
     if bits.device.type == "cpu":
         flat = np.unpackbits(bits.numpy(), count=nbits, bitorder="little")
         return torch.from_numpy(flat).view(torch.bool)
+    return _unpack_on_device(bits, nbits)
+
+
+def _unpack_on_device(bits: Tensor, nbits: int) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(1) >> shifts) & 1).reshape(-1)[:nbits].view(torch.bool)
 

@@ -1,7 +1,7 @@
 """SafetyMask: which elements of a model are selected, by parameter name.
 
-One polarity everywhere: bit 1 = selected, which for a safety mask means critical. What happens to the
-selection is said by the argument that takes the mask (`freeze=`, `train=`).
+One polarity everywhere: bit 1 = selected, which for a safety mask means critical. What happens to
+the selection is said by the argument that takes the mask (`freeze=`, `train=`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from safeopt.bitmask import BitMask
 
 __all__ = ["BitMask", "SafetyMask"]
 
-Shapes = names.Source | Mapping[str, torch.Size | tuple[int, ...] | list[int]]
-
 
 class SafetyMask(Mapping[str, BitMask]):
     """A mapping from canonical parameter name to `BitMask`, with set algebra and a manifest.
 
     `a | b`, `a & b` and `a - b` combine element by element. A name that one side lacks counts as
-    nothing selected there: `|` and `&` name what either names, `-` what the left side names, `~` what
-    the mask names. Where granularities differ, the result has one bit per element.
+    nothing selected there: `|` and `&` name what either names, `-` what the left side names, `~`
+    what the mask names. Where granularities differ, the result has one bit per element. `==` asks
+    for the same names and elements, whatever the granularity and the manifest.
 
     Args:
         masks: BitMask by parameter name.
@@ -45,6 +44,9 @@ class SafetyMask(Mapping[str, BitMask]):
     ) -> None:
         self._masks = {names.canonical(name): mask for name, mask in masks.items()}
         self.manifest: dict[str, Any] = dict(manifest or {})
+        wrong = [name for name, mask in self._masks.items() if not isinstance(mask, BitMask)]
+        if wrong:
+            raise TypeError(f"{wrong[:5]} are no BitMask; SafetyMask.from_bool packs bool tensors")
         if not self._masks:
             raise ValueError("a mask must name at least one parameter, and this one names none")
         if len(self._masks) != len(masks):
@@ -59,7 +61,7 @@ class SafetyMask(Mapping[str, BitMask]):
         return cls({name: BitMask.from_bool(tensor) for name, tensor in selected.items()})
 
     @classmethod
-    def from_rows(cls, rows: Mapping[str, Tensor], shapes: Shapes) -> SafetyMask:
+    def from_rows(cls, rows: Mapping[str, Tensor], shapes: names.Shapes) -> SafetyMask:
         """One bit per row (output neuron).
 
         Args:
@@ -69,7 +71,7 @@ class SafetyMask(Mapping[str, BitMask]):
         return cls._from_units(BitMask.from_rows, rows, shapes, "row mask")
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, Tensor], shapes: Shapes) -> SafetyMask:
+    def from_columns(cls, columns: Mapping[str, Tensor], shapes: names.Shapes) -> SafetyMask:
         """One bit per column (input channel).
 
         Args:
@@ -79,15 +81,15 @@ class SafetyMask(Mapping[str, BitMask]):
         return cls._from_units(BitMask.from_columns, columns, shapes, "column mask")
 
     @classmethod
-    def from_tensors(cls, wanted: Iterable[str], shapes: Shapes) -> SafetyMask:
+    def from_tensors(cls, wanted: Iterable[str], shapes: names.Shapes) -> SafetyMask:
         """Whole parameters: one bit each, all set.
 
         Args:
-            wanted: names, or patterns of whole dotted components: "layers.1" takes every parameter of
-                layer 1 and none of layer 10. An exact name takes that parameter only.
+            wanted: names, or patterns of whole dotted components: "layers.1" takes every parameter
+                of layer 1 and none of layer 10. An exact name takes that parameter only.
             shapes: the model, or a mapping from name to shape or tensor.
         """
-        known, chosen, unmatched = _shapes(shapes), {}, []
+        known, chosen, unmatched = names.shapes(shapes), {}, []
         for pattern in [wanted] if isinstance(wanted, str) else wanted:
             exact = names.canonical(pattern)
             matched = [exact] if exact in known else [n for n in known if names.contains(n, exact)]
@@ -101,10 +103,10 @@ class SafetyMask(Mapping[str, BitMask]):
         cls,
         make: Callable[[Tensor, torch.Size], BitMask],
         units: Mapping[str, Tensor],
-        shapes: Shapes,
+        shapes: names.Shapes,
         what: str,
     ) -> SafetyMask:
-        known = _shapes(shapes)
+        known = names.shapes(shapes)
         names.require(units, known, what)
         return cls({name: make(unit, known[names.canonical(name)]) for name, unit in units.items()})
 
@@ -176,19 +178,19 @@ class SafetyMask(Mapping[str, BitMask]):
 
         Returns:
             {"total": row, "layers": {"0": row, ...}, "components": {"q": row, ...}}, where row is
-            {"selected": int, "total": int, "density": float}. Parameters outside the numbered layers
-            are under "-". Components: see `names.place`.
+            {"selected": int, "total": int, "density": float}. Parameters outside the numbered
+            layers are under "-". Components: see `names.place`.
         """
-        layers: dict[str, list[BitMask]] = {}
-        components: dict[str, list[BitMask]] = {}
-        for name, mask in self.items():
-            layer, part = names.place(name)
-            layers.setdefault("-" if layer is None else str(layer), []).append(mask)
-            components.setdefault(part, []).append(mask)
+        counts = [(names.place(name), mask.count(), mask.numel) for name, mask in self.items()]
+        numbers = sorted({layer for (layer, _), *_ in counts}, key=lambda n: (n is None, n))
+        parts = dict.fromkeys(part for (_, part), *_ in counts)
         return {
-            "total": _row(self.values()),
-            "layers": {key: _row(masks) for key, masks in layers.items()},
-            "components": {key: _row(masks) for key, masks in components.items()},
+            "total": _row(counts),
+            "layers": {
+                "-" if number is None else str(number): _row(c for c in counts if c[0][0] == number)
+                for number in numbers
+            },
+            "components": {part: _row(c for c in counts if c[0][1] == part) for part in parts},
         }
 
     def __str__(self) -> str:
@@ -249,15 +251,16 @@ class SafetyMask(Mapping[str, BitMask]):
         return SafetyMask(masks, self.manifest)
 
     def check(self, model: nn.Module | Mapping[str, Tensor], *, weights: bool = True) -> None:
-        """Check that this mask was made for `model`: names, shapes, and the manifest's fingerprint.
+        """Check that this mask was made for `model`: names, shapes, fingerprint of the weights.
 
         Args:
-            weights: compare the hash of the weights too. False for a model that was trained since.
+            model: a module, or a mapping from name to tensor.
+            weights: compare the hash of the weights too; False for a model trained since.
 
         Raises:
-            ValueError: says what differs. A mask without a fingerprint is checked by names and shapes.
+            ValueError: says what differs. Without a fingerprint, names and shapes are compared.
         """
-        known = _shapes(model)
+        known = names.shapes(model)
         names.require(self, known, "mask")
         for name, mask in self.items():
             if mask.shape != known[name]:
@@ -271,26 +274,17 @@ class SafetyMask(Mapping[str, BitMask]):
             if part in made and part in found and made[part] != found[part]:
                 raise ValueError(
                     f"the mask was made for a model with other {what} (fingerprint"
-                    f" {made[part][:12]}, this model has {found[part][:12]}); load the model the mask"
-                    " was made for, or make a mask for this one"
+                    f" {made[part][:12]}, this model has {found[part][:12]}); load the model the"
+                    " mask was made for, or make a mask for this one"
                     + ("; pass weights=False if it was trained since" if part == "weights" else "")
                 )
 
 
-def _shapes(source: Shapes) -> dict[str, torch.Size]:
-    if isinstance(source, Mapping):
-        items: dict[str, Any] = dict(source)
-    else:
-        items = dict(names.parameters(source))
+def _row(counts: Iterable[tuple[Any, int, int]]) -> dict[str, Any]:
+    _, selected, total = zip(*counts, strict=True)
     return {
-        names.canonical(name): torch.Size(getattr(value, "shape", value))
-        for name, value in items.items()
-    }
-
-
-def _row(masks: Iterable[BitMask]) -> dict[str, Any]:
-    selected, total = map(sum, zip(*((mask.count(), mask.numel) for mask in masks), strict=True))
-    return {"selected": selected, "total": total, "density": selected / total}
+        "selected": sum(selected), "total": sum(total), "density": sum(selected) / sum(total)
+    }  # fmt: skip
 
 
 def _derived(operation: str, *masks: SafetyMask) -> dict[str, Any]:
@@ -301,6 +295,5 @@ def _derived(operation: str, *masks: SafetyMask) -> dict[str, Any]:
         for key, value in (prints[0] if prints else {}).items()
         if all(other.get(key) == value for other in prints)
     }
-    manifest: dict[str, Any] = {"model": shared} if shared else {}
-    sources = [mask.manifest for mask in masks]
-    return manifest | ({"method": operation, "of": sources} if any(sources) else {})
+    manifest = {"method": operation, "of": [mask.manifest for mask in masks]}
+    return manifest | ({"model": shared} if shared else {})

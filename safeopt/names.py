@@ -1,7 +1,8 @@
-"""Fully qualified parameter names: one canonical form, matching, tied weights, and places in a model.
+"""Fully qualified parameter names: canonical form, matching, tied weights, places in a model.
 
-Masks and scores are keyed by name, because tensor identity does not survive sharding (FSDP2 swaps the
-tensors inside the optimizer). Wrappers add components to names, so every name passes `canonical` first.
+Masks and scores are keyed by name, because tensor identity does not survive sharding (FSDP2 swaps
+the tensors inside the optimizer). Wrappers add components to names, so every name passes
+`canonical` first.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 Source = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+Shapes = Source | Mapping[str, torch.Size | tuple[int, ...] | list[int]]
 
 WRAPPERS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 )
 PREFIXES = ("module.", "base_model.model.")
-SHOWN = 8  # names spelled out in one error message
+SHOWN = 5  # names spelled out in one error message
 
 # Read from the right, the first component found here says what a parameter is; "parent.child" wins.
 PARTS = {
@@ -44,9 +46,10 @@ PARTS = {
 def canonical(name: str) -> str:
     """The name a parameter has in the bare model, without the components that wrappers add.
 
-    Removed anywhere: `_orig_mod` (torch.compile), `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`,
-    `base_layer` (PEFT). Removed at the start, as often as they stand there: `module.` (DDP) and
-    `base_model.model.` (PEFT). A module of the user's own called `module` further inside is kept.
+    Removed anywhere: `_orig_mod` (torch.compile), `_fsdp_wrapped_module`,
+    `_checkpoint_wrapped_module`, `base_layer` (PEFT). Removed at the start, as often as they stand
+    there: `module.` (DDP) and `base_model.model.` (PEFT). A module of the user's own called
+    `module` further inside is kept.
     """
     short = ".".join(c for c in name.split(".") if c not in WRAPPERS)
     while short.startswith(PREFIXES):
@@ -82,8 +85,9 @@ def parameters(source: Source) -> dict[str, Tensor]:
     for raw, tensor in _pairs(source):
         if not isinstance(raw, str) or not isinstance(tensor, Tensor):
             raise TypeError(
-                f"expected (name, tensor) pairs, got ({type(raw).__name__}, {type(tensor).__name__});"
-                " pass a model, model.named_parameters(), or a dict of tensors"
+                f"expected (name, tensor) pairs, got ({type(raw).__name__},"
+                f" {type(tensor).__name__}); pass a model, model.named_parameters(), or a dict of"
+                " tensors"
             )
         name = canonical(raw)
         first = owner.setdefault(_identity(tensor), name)
@@ -91,11 +95,17 @@ def parameters(source: Source) -> dict[str, Tensor]:
             continue
         if name in found and _identity(found[name]) != _identity(tensor):
             raise ValueError(
-                f"two different tensors have the canonical name {name!r} (the second one is {raw!r});"
-                " pass one model at a time, without its wrapped copies"
+                f"two different tensors have the canonical name {name!r} (the second one is"
+                f" {raw!r}); pass one model at a time, without its wrapped copies"
             )
         found[name] = tensor
     return found
+
+
+def shapes(source: Shapes) -> dict[str, torch.Size]:
+    """Shapes by canonical name, of what `parameters` takes or of a mapping from name to shape."""
+    named = source if isinstance(source, Mapping) else parameters(source)
+    return {canonical(n): torch.Size(getattr(value, "shape", value)) for n, value in named.items()}
 
 
 def aliases(module: nn.Module) -> dict[str, str]:
@@ -107,7 +117,12 @@ def aliases(module: nn.Module) -> dict[str, str]:
 
 
 def require(wanted: Iterable[str], available: Collection[str], what: str) -> None:
-    """Check that every name in `wanted` is available; `what` says whose names they are ("freeze mask").
+    """Check that every name in `wanted` is available.
+
+    Args:
+        wanted: names, in any form.
+        available: the names there are.
+        what: whose names are wanted, for the message ("freeze mask").
 
     Raises:
         ValueError: lists the names that match nothing, each with the most similar names there are.
@@ -118,15 +133,15 @@ def require(wanted: Iterable[str], available: Collection[str], what: str) -> Non
         return
     lines = []
     for name in missing[:SHOWN]:
-        near = difflib.get_close_matches(canonical(name), sorted(known), n=3)
+        near = _similar(canonical(name), known)
         lines.append(f"  {name!r}: " + (f"did you mean {near}?" if near else "nothing similar"))
     if len(missing) > SHOWN:
         lines.append(f"  and {len(missing) - SHOWN} more")
     raise ValueError(
         f"{what}: {len(missing)} name(s) match none of the {len(known)} parameters:\n"
         + "\n".join(lines)
-        + "\nUse names from model.named_parameters(); for a mask that names a tied weight by its other"
-        " name, call mask.resolve(model) first."
+        + "\nUse names from model.named_parameters(); for a mask that names a tied weight by its"
+        " other name, call mask.resolve(model) first."
     )
 
 
@@ -144,7 +159,7 @@ def place(name: str) -> tuple[int | None, str]:
         return layer, "norm"
     if components[-1] == "bias":
         return layer, "bias"
-    for parent, child in reversed(list(zip(["", *components], components))):
+    for parent, child in reversed(list(zip(["", *components[:-1]], components, strict=True))):
         part = PARTS.get(f"{parent}.{child}") or PARTS.get(child)
         if part:
             return layer, part
@@ -159,8 +174,21 @@ def _pairs(source: Source) -> Iterable[tuple[str, Tensor]]:
     return source
 
 
+def _similar(name: str, known: Collection[str]) -> list[str]:
+    """Full names that resemble `name` as a whole, or in a stretch of as many components."""
+    length = name.count(".") + 1
+    stretches: dict[str, str] = {}
+    for full in sorted(known):
+        stretches[full] = full
+        parts = full.split(".")
+        for start in range(len(parts) - length + 1):
+            stretches.setdefault(".".join(parts[start : start + length]), full)
+    near = [name] if name in stretches else difflib.get_close_matches(name, stretches, n=3)
+    return list(dict.fromkeys(stretches[found] for found in near))
+
+
 def _identity(tensor: Tensor) -> tuple:
-    """Equal for two names of one tensor. state_dict() makes new tensor objects over the same memory."""
+    """Equal for two names of one tensor; state_dict() makes new tensors over the same memory."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
     if not plain or tensor.numel() == 0 or tensor.layout != torch.strided:
         return (id(tensor),)
