@@ -177,7 +177,7 @@ def _check(
     elif not resume and checkpoint.newest(checkpoint_dir) is not None:
         raise ValueError(
             f"checkpoint_dir {checkpoint_dir} holds the checkpoints of an earlier run: pass "
-            " resume=True to go on from it, or name another folder"
+            "resume=True to go on from it, or name another folder"
         )
 
 
