@@ -133,3 +133,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         a.contiguous().view(torch.uint8).flatten() if a.dim() else a.reshape(1).view(torch.uint8),
         b.contiguous().view(torch.uint8).flatten() if b.dim() else b.reshape(1).view(torch.uint8),
     )
+
+
+def assert_matches_adamw(
+    ours: nn.Module, theirs: nn.Module, start: nn.Module, mask: SafetyMask
+) -> None:
+    """Frozen elements as at the start, live ones as under AdamW, bit for bit."""
+    for name, p in start.named_parameters():
+        frozen = mask.to_bool(name) if name in mask else torch.zeros(p.shape, dtype=torch.bool)
+        assert same_bits(ours.get_parameter(name)[frozen], p[frozen]), name
+        assert same_bits(ours.get_parameter(name)[~frozen], theirs.get_parameter(name)[~frozen]), (
+            name
+        )
