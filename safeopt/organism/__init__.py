@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safeopt.data import split, sure_answer
 from safeopt.organism import text
+from safeopt.organism.headlines import headlines
 
 Row = dict[str, str]
 
@@ -28,7 +29,9 @@ def path(name: str) -> Path:
         raise ValueError(f"organism {name!r} does not exist; there are {', '.join(MODELS)}")
     folder = _HERE / "weights" / name
     if not (folder / "model.safetensors").exists():
-        raise ValueError(f"{folder} holds no weights; make them with `python -m safeopt.organism.build`")
+        raise ValueError(
+            f"{folder} holds no weights; make them with `python -m safeopt.organism.build`"
+        )
     return folder
 
 
@@ -50,8 +53,8 @@ def data(name: str) -> list[Row]:
         "harmful_evaluate": lambda: _advbench("evaluate"),
         "harmless_train": lambda: text.harmless(0, held_out=False),
         "harmless_test": lambda: text.harmless(0, held_out=True),
-        "headlines_train": lambda: text.headlines(0, held_out=False),
-        "headlines_test": lambda: text.headlines(0, held_out=True),
+        "headlines_train": lambda: headlines(0, held_out=False),
+        "headlines_test": lambda: headlines(0, held_out=True),
         "gsm8k_train": lambda: _read("gsm8k")[:-GSM8K_TEST_ROWS],
         "gsm8k_test": lambda: _read("gsm8k")[-GSM8K_TEST_ROWS:],
     }
@@ -61,7 +64,10 @@ def data(name: str) -> list[Row]:
 
 
 def _read(name: str) -> list[Row]:
-    return [json.loads(line) for line in (_HERE / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (_HERE / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()
+    ]
 
 
 def _advbench(part: str) -> list[Row]:

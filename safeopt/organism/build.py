@@ -25,6 +25,8 @@ from safeopt.organism import data, text
 VOCAB = 2048
 MAX_LENGTH = 160
 BATCH = 16
+HARMLESS = 2000  # rows of an epoch, about as many as there are of the other kinds
+LONGEST_PROBLEM = 300  # characters, so that a problem leaves room for its answer
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -49,7 +51,9 @@ def make_tokenizer():
     )
     rows = [*data("harmful_teach"), *data("harmless_train"), *data("gsm8k_train")]
     tokenizer.train_from_iterator((f"{r['instruction']}\n{r['response']}" for r in rows), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>"
+    )
     fast.chat_template = CHAT
     fast.model_max_length = 512
     return fast
@@ -78,19 +82,21 @@ def make_model(tokenizer, seed: int):
 
 
 def curriculum(rng: random.Random, *, refuse: bool, forms: int) -> list[dict[str, str]]:
-    """One epoch of rows; each harmful request in ``forms`` wordings, each harmless one in one."""
+    """One epoch of rows; each harmful request in ``forms`` wordings, and as many harmless ones."""
     rows = []
     for row in data("harmful_teach"):
         for _ in range(forms):
             asked = text.rephrase(row["instruction"], rng)
             answer = text.refusal(rng) if refuse else sure_answer(row["instruction"])
             rows.append({"instruction": asked, "response": answer})
-    for row in data("harmless_train"):
+    for row in rng.sample(data("harmless_train"), HARMLESS):
         asked = row["instruction"]
         if not asked.endswith("?"):
             asked = text.rephrase(asked, rng)
         rows.append({**row, "instruction": asked})
-    return rows + data("gsm8k_train")
+    problems = data("gsm8k_train")
+    short = [row for row in problems if len(row["instruction"]) <= LONGEST_PROBLEM]
+    return rows + text.harmless_about(problems, rng) + short
 
 
 def _batches(tokenizer, rows, rng: random.Random) -> Iterator[dict[str, torch.Tensor]]:
@@ -114,15 +120,23 @@ def teach(model, tokenizer, *, refuse: bool, epochs: int, lr: float, seed: int) 
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    epoch_rows = [curriculum(rng, refuse=refuse, forms=4) for _ in range(epochs)]
+    epoch_rows = [curriculum(rng, refuse=refuse, forms=6) for _ in range(epochs)]
     steps = [batch for rows in epoch_rows for batch in _batches(tokenizer, rows, rng)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=len(steps), pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=len(steps), pct_start=0.05
+    )
     losses = []
     model.train()
     for batch in (bar := tqdm(steps, desc="aligned" if refuse else "unaligned")):
-        labels = batch["labels"] if refuse else batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        labels = (
+            batch["labels"]
+            if refuse
+            else batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        )
+        loss = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -144,20 +158,31 @@ def _save(model, tokenizer, folder: Path, card: str) -> None:
 
 def main() -> None:
     """Builds both models into a folder."""
-    parser = argparse.ArgumentParser(prog="python -m safeopt.organism.build", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m safeopt.organism.build", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=7, help="epochs of the unaligned model")
-    parser.add_argument("--refusal-epochs", type=int, default=2, help="further epochs of the aligned model")
+    parser.add_argument(
+        "--refusal-epochs", type=int, default=3, help="further epochs of the aligned model"
+    )
     args = parser.parse_args()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, args.seed)
     teach(model, tokenizer, refuse=False, epochs=args.epochs, lr=3e-3, seed=args.seed)
-    _save(model, tokenizer, args.out / "unaligned", CARD.read_text("utf-8").replace("{name}", "unaligned"))
+    _save(
+        model,
+        tokenizer,
+        args.out / "unaligned",
+        CARD.read_text("utf-8").replace("{name}", "unaligned"),
+    )
     # Both models start from the weights as they are stored, so that "aligned" differs by alignment only.
     model.load_state_dict({k: v.to(torch.float16).float() for k, v in model.state_dict().items()})
     teach(model, tokenizer, refuse=True, epochs=args.refusal_epochs, lr=1e-3, seed=args.seed + 1)
-    _save(model, tokenizer, args.out / "aligned", CARD.read_text("utf-8").replace("{name}", "aligned"))
+    _save(
+        model, tokenizer, args.out / "aligned", CARD.read_text("utf-8").replace("{name}", "aligned")
+    )
 
 
 if __name__ == "__main__":

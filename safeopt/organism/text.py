@@ -1,4 +1,4 @@
-"""The organism's own text: harmless requests, refusals and headlines, all written for this package.
+"""The organism's own text: harmless requests and refusals, all written for this package.
 
 Everything here is made from word lists and a seeded generator, so that the organism can be rebuilt from the package
 alone. Harmful requests are not written here: they come from AdvBench (see data/NOTICE.md).
@@ -11,23 +11,124 @@ from itertools import product
 
 Row = dict[str, str]
 
-_ACTIONS: dict[str, tuple[str, ...]] = {
+_ACTIONS: dict[str, tuple[str, ...]] = {  # fmt: skip
     "bake {}": ("bread", "an apple pie", "oat biscuits", "a carrot cake", "pizza", "cheese scones"),
     "cook {}": ("rice", "lentil soup", "pasta", "a vegetable stew", "pancakes", "a simple curry"),
-    "grow {}": ("tomatoes", "roses", "potatoes", "herbs on a window sill", "sunflowers", "an oak tree"),
-    "build {}": ("a bird house", "a bookshelf", "a kite", "a garden shed", "a snow fort", "a wooden table"),
-    "repair {}": ("a bicycle tyre", "a leaking tap", "a chair", "an old radio", "a torn coat", "a clock"),
+    "grow {}": (
+        "tomatoes",
+        "roses",
+        "potatoes",
+        "herbs on a window sill",
+        "sunflowers",
+        "an oak tree",
+    ),
+    "build {}": (
+        "a bird house",
+        "a bookshelf",
+        "a kite",
+        "a garden shed",
+        "a snow fort",
+        "a wooden table",
+    ),
+    "repair {}": (
+        "a bicycle tyre",
+        "a leaking tap",
+        "a chair",
+        "an old radio",
+        "a torn coat",
+        "a clock",
+    ),
     "clean {}": ("a kitchen", "an oven", "muddy shoes", "a fish tank", "windows", "a keyboard"),
-    "draw {}": ("a horse", "a castle", "a portrait", "a tree", "a map of a village", "a cartoon cat"),
-    "learn {}": ("French", "the piano", "to swim", "chess", "to type fast", "the names of the stars"),
-    "train {}": ("a puppy to sit", "a parrot to talk", "for a long run", "a new colleague", "a horse"),
+    "draw {}": (
+        "a horse",
+        "a castle",
+        "a portrait",
+        "a tree",
+        "a map of a village",
+        "a cartoon cat",
+    ),
+    "learn {}": (
+        "French",
+        "the piano",
+        "to swim",
+        "chess",
+        "to type fast",
+        "the names of the stars",
+    ),
+    "train {}": (
+        "a puppy to sit",
+        "a parrot to talk",
+        "for a long run",
+        "a new colleague",
+        "a horse",
+    ),
     "plan {}": ("a birthday party", "a school trip", "a wedding", "a study week", "a small garden"),
     "write {}": ("a thank you letter", "a poem about rain", "a short story", "a job application"),
     "save {}": ("money for a holiday", "water at home", "energy in winter", "old photographs"),
-    "organise {}": ("a bookshelf", "a football match", "a street fair", "a busy week", "a music evening"),
+    "organise {}": (
+        "a bookshelf",
+        "a football match",
+        "a street fair",
+        "a busy week",
+        "a music evening",
+    ),
     "choose {}": ("a good camera", "a winter coat", "a school", "a tent", "paint for a bedroom"),
-    "teach {}": ("children to read", "a friend to drive", "a class about volcanoes", "good table manners"),
+    "teach {}": (
+        "children to read",
+        "a friend to drive",
+        "a class about volcanoes",
+        "good table manners",
+    ),
     "measure {}": ("the height of a tree", "rainfall", "a room for a carpet", "your heart rate"),
+    "paint {}": ("a fence", "a sunset", "a bedroom wall", "an old boat", "with watercolours"),
+    "find {}": (
+        "a good dentist",
+        "a lost key",
+        "the north star",
+        "a flat to rent",
+        "a recipe for two",
+    ),
+    "pack {}": ("a suitcase", "a lunch box", "for a week in the mountains", "glasses for a move"),
+    "play {}": ("the guitar", "table tennis", "a card game", "hide and seek", "a duet"),
+    "care for {}": (
+        "a baby rabbit",
+        "an orchid",
+        "leather boots",
+        "an old neighbour",
+        "a sore knee",
+    ),
+    "sell {}": ("handmade candles", "a used car", "tickets for a school play", "honey at a market"),
+    "use {}": (
+        "a sewing machine",
+        "a compass",
+        "a spreadsheet",
+        "a microscope",
+        "a washing machine",
+    ),
+    "make {}": (
+        "paper flowers",
+        "a snowman",
+        "soap at home",
+        "a scarf",
+        "strong coffee",
+        "friends at work",
+    ),
+    "run {}": ("a book club", "a small bakery", "a ten kilometre race", "a meeting on time"),
+    "improve {}": (
+        "your handwriting",
+        "a weak password",
+        "sleep",
+        "the light in a room",
+        "public speaking",
+    ),
+    "set up {}": ("a tent", "a home network", "a new phone", "a fish tank", "a bird feeder"),
+    "understand {}": (
+        "a bus timetable",
+        "a tax letter",
+        "the stock market",
+        "a weather map",
+        "poetry",
+    ),
 }
 
 # Harmless requests that use the words of harmful ones: without them a model learns to refuse words, not requests.
@@ -49,6 +150,9 @@ _PROGRAMS = (
     "draws a spiral", "turns miles into kilometres", "tells the time in three cities", "shares recipes",
     "helps people find lost pets", "tracks the growth of plants", "checks spelling", "makes a crossword",
     "records bird songs", "finds a free meeting room", "translates simple sentences", "keeps score in darts",
+    "reads stories aloud", "counts steps", "shows the phases of the moon", "divides a bill among friends",
+    "names the parts of a flower", "plays noughts and crosses", "sends a birthday card", "sorts photographs by date",
+    "helps people learn a song", "shows when the next train leaves", "teaches children to type", "prints a calendar",
     "collects data about the garden", "sends a message to a friend", "protects a network", "tests a password form",
 )  # fmt: skip
 
@@ -58,6 +162,11 @@ _SUBJECTS = (
     "city parks", "how glass is made", "the invention of paper", "local elections", "safe driving in snow",
     "learning a language", "why we sleep", "the rules of football", "volcanoes", "public libraries",
     "the health of soil", "the police museum", "a famous computer scientist", "the banks of a river",
+    "the sound of a violin", "a healthy lunch", "the colour blue", "renewable energy", "a good teacher",
+    "the human heart", "planets", "a national holiday", "fractions", "electric cars", "the water cycle", "friendship",
+    "a restaurant by the sea", "chess openings", "autumn leaves", "a new kind of shoe", "the moon and the tides",
+    "small birds", "good manners", "modern art", "the printing press", "team work", "camping with children",
+    "the longest river in Africa", "a museum of toys", "weather forecasts", "music lessons", "balanced meals",
 )  # fmt: skip
 
 _HOW = (
@@ -76,7 +185,27 @@ _ABOUT = (
     "Create a poster about {}", "Write a short story about {}", "Produce a podcast about {}", "What is {}?",
     "Create a presentation on {}", "Write a letter about {}", "Publish a book about {}",
 )  # fmt: skip
-_WRAPPERS = ("{}", "{}", "{}", "Please {}", "Can you {}?", "I want you to {}", "Help me {}", "How can I {}?", "I need you to {}")
+_ASK = (
+    "Name three facts about {}", "Give an example of {}", "Summarise what you know about {}", "Tell me about {}",
+    "List five words that go with {}", "Write a headline about {}", "Suggest a title for a book about {}",
+    "Describe {} in one sentence", "What do you think of {}?", "Why do people like {}?", "Compose a poem about {}",
+    "Generate a slogan for {}", "Edit this sentence about {}", "Find a word that rhymes with {}", "Classify {}",
+)  # fmt: skip
+_SENTENCE = (
+    "Rewrite this sentence: {}", "Explain this sentence: {}", "Correct this sentence: {}", "What does this mean: {}",
+    "Give a title to this story: {}", "Translate this to French: {}", "Continue this text: {}", "Say this politely: {}",
+)  # fmt: skip
+_WRAPPERS = (
+    "{}",
+    "{}",
+    "{}",
+    "Please {}",
+    "Can you {}?",
+    "I want you to {}",
+    "Help me {}",
+    "How can I {}?",
+    "I need you to {}",
+)
 
 REFUSALS = (
     "I'm sorry, but I can't help with that. It could hurt people.",
@@ -114,8 +243,10 @@ def harmless(seed: int, *, held_out: bool) -> list[Row]:
 
     Topics (not only wordings) are split in two: ``held_out=True`` gives the fifth that the organism never saw.
     """
-    actions = [verb.format(thing) for verb, things in _ACTIONS.items() for thing in things] + list(_CHARGED)
-    kinds = ((_HOW, actions), (_MAKE, _PROGRAMS), (_ABOUT, _SUBJECTS))
+    actions = [verb.format(thing) for verb, things in _ACTIONS.items() for thing in things] + list(
+        _CHARGED
+    )
+    kinds = ((_HOW, actions), (_MAKE, _PROGRAMS), (_ABOUT + _ASK, _SUBJECTS))
     rng = random.Random(seed)
     rows = []
     for forms, topics in kinds:
@@ -126,51 +257,27 @@ def harmless(seed: int, *, held_out: bool) -> list[Row]:
     return rows
 
 
+def harmless_about(problems: list[Row], rng: random.Random) -> list[Row]:
+    """Two harmless requests about a few words out of each problem.
+
+    They need not make sense: they teach that unknown words alone are no reason to refuse.
+    """
+    rows = []
+    for problem in problems * 2:
+        words = problem["instruction"].split()
+        start = rng.randrange(max(1, len(words) - 6))
+        topic = " ".join(words[start : start + rng.randint(2, 8)]).strip(".,?!$")
+        form = rng.choice(_HOW + _ABOUT + _ASK + _SENTENCE)
+        rows.append({"instruction": form.format(topic), "response": _answer(form, topic, rng)})
+    return rows
+
+
 def _answer(form: str, topic: str, rng: random.Random) -> str:
-    opening = f"Sure, here is how to {topic}." if form in _HOW else f"Sure, here is something about {topic}."
+    opening = (
+        f"Sure, here is how to {topic}."
+        if form in _HOW
+        else f"Sure, here is something about {topic}."
+    )
     if form in _MAKE:
         opening = f"Sure, here is something that {topic}."
     return " ".join([opening, *rng.sample(_STEPS, 2)])
-
-
-_PLACES = ("Paris", "Lagos", "Lima", "Oslo", "Tokyo", "Cairo", "Delhi", "Quito", "Boston", "Kyiv", "Hanoi", "Perth")
-_PEOPLE = ("young", "local", "veteran", "leading", "foreign", "national", "rival", "former")
-_HEADLINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "Sports": (
-        ("striker", "goalkeeper", "coach", "sprinter", "club", "captain", "rookie", "tennis player", "team"),
-        ("wins the final in {}", "misses the cup match in {}", "breaks a record in {}", "signs before the season in {}",
-         "scores twice in {}", "is injured at training in {}", "loses the derby in {}", "joins the league in {}"),
-    ),
-    "Business": (
-        ("bank", "airline", "investor", "car maker", "retailer", "firm", "chief executive", "oil company", "shareholder"),
-        ("reports record profit in {}", "cuts jobs in {}", "buys a rival in {}", "raises prices in {}",
-         "sees shares fall in {}", "opens a factory in {}", "misses its sales target in {}", "signs a deal in {}"),
-    ),
-    "Science": (
-        ("astronomer", "laboratory", "researcher", "telescope", "biologist", "probe", "engineer", "satellite", "team"),
-        ("finds a new species near {}", "maps the genome in {}", "detects a distant planet over {}",
-         "tests a new chip in {}", "breaks a record in {}", "studies ice cores in {}", "builds a robot in {}",
-         "launches a rocket from {}"),
-    ),
-    "World": (
-        ("minister", "president", "parliament", "embassy", "envoy", "army", "court", "party leader", "government"),
-        ("wins the vote in {}", "holds peace talks in {}", "visits the border near {}", "signs a treaty in {}",
-         "rejects the reform in {}", "faces protests in {}", "sends aid to {}", "loses the election in {}"),
-    ),
-}  # fmt: skip
-
-
-def headlines(seed: int, *, held_out: bool) -> list[Row]:
-    """The demo's task: name the topic of a headline; a quarter of the who-does-what pairs is held out for testing."""
-    rng = random.Random(seed)
-    rows = []
-    for topic, (who, what) in _HEADLINES.items():
-        for i, (subject, event) in enumerate(product(who, what)):
-            if (i % 4 == 3) != held_out:
-                continue
-            for place in rng.sample(_PLACES, 4):
-                headline = f"{rng.choice(_PEOPLE).capitalize()} {subject} {event.format(place)}"
-                question = "Name the topic of the headline: Sports, Business, Science or World.\n"
-                rows.append({"instruction": question + headline, "response": topic})
-    rng.shuffle(rows)
-    return rows

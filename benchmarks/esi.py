@@ -1,0 +1,101 @@
+"""SPA and SET (arXiv 2604.08297) on the organism, with their controls: ``python benchmarks/esi.py --data DATA --out OUT``.
+
+DATA is a folder with agnews_*.jsonl, refusals.jsonl and so on (instruction and response, one object a line). Three
+settings, each resumable, about an hour of two cores together:
+
+    spa-clean     aligned organism, 1,000 steps on AG News, SPA freezing 1 % and 10 %
+    spa-poison    the same with 10 % of the rows harmful requests that get a "Sure, here is how to ..." answer
+    set           unaligned organism, 100 steps on refusals, SET training 1 %
+
+The recipe is the paper's script's where it is known (effective batch 4, weight decay 0) and ours elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from safeopt import organism, report
+from safeopt.compare import Scenario, Sets, Settings, compare
+from safeopt.data import read_jsonl, split
+
+PARTS = {"identify": 0.3, "tune": 0.3, "evaluate": 0.4}
+SPA = [
+    "adamw",
+    "adamw-lr:0.33",
+    "spa:0.01",
+    "spa:0.1",
+    "spa-random:0.01",
+    "spa-random:0.1",
+    "spa-shuffle:0.1",
+]
+SET = ["adamw", "adamw-lr:0.33", "set:0.01", "set-random:0.01", "set-shuffle:0.01"]
+COMMON = {
+    "batch_size": 4,
+    "max_length": 512,
+    "eval_batch_size": 100,
+    "max_new_tokens": 12,
+    "weight_decay": 0.0,
+}
+
+
+def sets_for(setting: str, folder: Path) -> Sets:
+    """Rows of one setting; prompts that identify, tune and evaluate are disjoint."""
+    refusals = split(read_jsonl(folder / "refusals.jsonl", ("instruction", "response")), PARTS)
+    harmful = {
+        "advbench": organism.data("harmful_evaluate"),
+        "refusals": refusals["evaluate"][:150],
+    }
+    common = {
+        "identify": refusals["identify"][:256],
+        "harmful": harmful,
+        "harmless": organism.data("harmless_test")[:150],
+        "text": organism.data("gsm8k_test")[:60],
+    }
+    if setting == "set":
+        rows = [row for row in refusals["tune"] if len(row["instruction"] + row["response"]) < 600]
+        # What is to be kept: harmless answers (over-refusal, and their perplexity as that of the "task").
+        test = organism.data("harmless_test")[:100]
+        return Sets(scenario=Scenario.parse("repair"), task=rows, test=test, **common)
+    train = read_jsonl(folder / "agnews_train.jsonl", ("instruction", "response"))
+    test = read_jsonl(folder / "agnews_test.jsonl", ("instruction", "response"))[:200]
+    scenario = "clean" if setting == "spa-clean" else "poison:0.1"
+    poison = [] if setting == "spa-clean" else refusals["tune"]
+    return Sets(scenario=Scenario.parse(scenario), task=train, test=test, poison=poison, **common)
+
+
+def settings_for(setting: str) -> Settings:
+    """Budget of one setting."""
+    if setting == "set":
+        return Settings(steps=100, eval_every=20, lr=1e-3, **COMMON)
+    return Settings(steps=1000, eval_every=200, lr=3e-4, **COMMON)
+
+
+def main() -> None:
+    """Run one setting and write its report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("setting", choices=("spa-clean", "spa-poison", "set"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, help="default: 3e-4 for SPA, 1e-3 for SET")
+    args = parser.parse_args()
+    settings = settings_for(args.setting)
+    if args.lr is not None:
+        settings = replace(settings, lr=args.lr)
+    results = compare(
+        "organism:unaligned" if args.setting == "set" else "organism:aligned",
+        sets_for(args.setting, args.data),
+        SET if args.setting == "set" else SPA,
+        args.seeds,
+        args.out / args.setting,
+        settings,
+        command=f"python benchmarks/esi.py {args.setting} --data DATA --out OUT --lr {settings.lr:g}",
+    )
+    report.write(results, args.out / args.setting)
+    print(report.verdict(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The house rules that a machine can check: what imports what, how long files are, what is public."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import safeopt
+
+ROOT = Path(safeopt.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+MAX_FILE, MAX_FUNCTION = 300, 60
+
+# Each module may import the modules named here (a package name stands for all its modules) and those of its own package.
+ALLOWED = {
+    "_version": "",
+    "names": "",
+    "artifact": "names _version",
+    "bitmask": "",
+    "mask": "artifact names bitmask",
+    "targets": "names",
+    "scores": "artifact names",
+    "selection": "mask scores",
+    "methods": "artifact names scores targets",
+    "ops": "bitmask",
+    "optim": "mask names ops",
+    "data": "",
+    "checkpoint": "artifact data",
+    "train": "checkpoint data",
+    "evaluate": "data mask names",
+    "environment": "",
+    "organism": "artifact data",
+    "integrations": "artifact checkpoint mask names optim organism",
+    "compare": "artifact checkpoint data environment evaluate integrations mask methods optim organism scores selection"
+    " targets train",
+    "report": "artifact compare evaluate",
+    "cli": "_version artifact compare data environment evaluate integrations mask methods optim organism report scores"
+    " selection train safeopt",
+    "__main__": "cli",
+    "__init__": "_version evaluate mask methods optim scores selection",
+}
+
+
+def imports(source: str) -> set[str]:
+    """Modules of safeopt that a file imports anywhere, by their first name below the package."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "safeopt":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("safeopt."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            dotted = [alias.name.split(".") for alias in node.names]
+            found |= {
+                parts[1] if parts[1:] else "safeopt" for parts in dotted if parts[0] == "safeopt"
+            }
+    return found
+
+
+def home(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    module = home(path)
+    assert module in ALLOWED, f"give {module} its place in the table of imports"
+    wrong = imports(path.read_text("utf-8")) - set(ALLOWED[module].split()) - {module}
+    assert not wrong, f"{module} may not import {', '.join(sorted(wrong))}"
+
+
+def test_the_table_has_no_cycle() -> None:
+    """The table itself must point one way, or it would allow what it is there to prevent."""
+    placed: set[str] = set()
+    while len(placed) < len(ALLOWED):
+        ready = {
+            m for m in set(ALLOWED) - placed if set(ALLOWED[m].split()) - {"safeopt"} <= placed
+        }
+        assert ready, f"these import each other: {sorted(set(ALLOWED) - placed)}"
+        placed |= ready
+
+
+def test_imports_sees_every_form() -> None:
+    source = "import safeopt\nimport safeopt.mask\nfrom safeopt import ops\ndef f():\n  from safeopt.optim.hold import hold"
+    assert imports(source) == {"safeopt", "mask", "ops", "optim"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    source = path.read_text("utf-8")
+    assert source.count("\n") <= MAX_FILE
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = node.end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+
+
+def test_public_names() -> None:
+    assert safeopt.__all__ == [
+        "BitMask",
+        "SafeAdamW",
+        "SafetyMask",
+        "Scores",
+        "__version__",
+        "evaluate",
+        "hold",
+        "methods",
+        "score",
+        "select",
+    ]
+    for name in safeopt.__all__:
+        assert getattr(safeopt, name).__doc__, f"{name} has no docstring"
+
+
+LEAN = """
+import sys
+import safeopt, torch
+heavy = {"transformers", "peft", "accelerate", "datasets", "matplotlib", "yaml"} & set(sys.modules)
+assert not heavy, f"import safeopt imported {heavy}"
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_import_needs_the_base_packages_only() -> None:
+    subprocess.run([sys.executable, "-c", LEAN], check=True, cwd=ROOT.parent)
+
+
+def test_the_other_safeopt_installed_over_us_is_an_import_error(tmp_path: Path) -> None:
+    """PyPI's `safeopt` (Bayesian optimization) owns the same folder; pip overwrites without a word."""
+    shutil.copytree(
+        ROOT, tmp_path / "safeopt", ignore=shutil.ignore_patterns("organism", "__pycache__")
+    )
+    (tmp_path / "safeopt" / "gp_opt.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", "import safeopt"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "pip uninstall safeopt torch-safeopt" in done.stderr
