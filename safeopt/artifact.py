@@ -139,13 +139,20 @@ def fingerprint(source: names.Source, *, weights: bool = True) -> dict[str, str]
     Args:
         source: a module, a mapping from name to tensor, or (name, tensor) pairs.
         weights: False leaves "weights" out, which needs no data (meta tensors will do).
+
+    Raises:
+        ValueError: the weights are asked for and one of them is on the meta device.
     """
     tensors = sorted(names.parameters(source).items())
     shapes = json.dumps([[name, list(tensor.shape)] for name, tensor in tensors])
     prints = {"shapes": hashlib.sha256(shapes.encode()).hexdigest()}
     if weights:
         hasher = hashlib.sha256(shapes.encode())
-        for _, tensor in tensors:
+        for name, tensor in tensors:
+            if tensor.device.type == "meta":
+                raise ValueError(
+                    f"{name!r} is on the meta device and has no weights; load them first"
+                )
             for part in tensor.detach().reshape(-1).split(CHUNK // 4):
                 hasher.update(part.to("cpu", torch.float32).numpy())
         prints["weights"] = hasher.hexdigest()
