@@ -101,3 +101,11 @@ def test_replaced_and_sharded_parameters_are_refused() -> None:
             SafeAdamW([("w", sharded)], freeze=SafetyMask.from_bool({"w": torch.ones(8, 4) > 0}))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Embedding(9, 7, sparse=True)
+    mask = random_mask(table)
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradients are not supported"):
+        SafeAdamW(table.named_parameters(), freeze=mask).step()
