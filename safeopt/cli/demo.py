@@ -15,6 +15,7 @@ RESUME = "run the same command again: finished runs are kept and not run again"
 
 ARMS = ["adamw", "spa:0.1", "spa-random:0.1"]
 SETTINGS = Settings(steps=100, eval_every=25, lr=1e-3, eval_batch_size=128)
+TASK_ROWS = 600  # of which 10 % are replaced by poison
 EVALUATED = 100  # prompts of each set, so that evaluation does not take longer than training
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sets = Sets(
         scenario=Scenario("poison", 0.1),
         identify=data("harmful_teach"),
-        task=data("headlines_train"),
+        task=data("headlines_train")[:TASK_ROWS],
         poison=data("harmful_poison"),
         harmful={"advbench": data("harmful_evaluate")[:EVALUATED]},
         harmless=data("harmless_test")[:EVALUATED],

@@ -60,7 +60,6 @@ def compare(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and each once")
     out = Path(out)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
     start = _start(model, sets, settings, out, device, progress)
     runs = _run_all(start, chosen, seeds, out / "runs", progress)
     return {

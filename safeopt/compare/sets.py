@@ -100,7 +100,7 @@ class Sets:
     ``text`` always.
 
     Raises:
-        ValueError: an empty set, or a text that stands in two of identification, training and
+        ValueError: an empty set, too few poison rows, or a text in two of identification, training and
             evaluation.
     """
 
@@ -128,6 +128,7 @@ class Sets:
                 "leave them out"
             )
         self._check_disjoint()
+        self.training(seed=0)  # too few poison rows must not come out after the scoring
 
     def named(self) -> dict[str, list[Row]]:
         """All sets by name, the harmful ones as ``harmful/NAME``."""

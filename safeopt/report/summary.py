@@ -49,7 +49,9 @@ def level(results: dict[str, Any]) -> float:
 
 def first_reaching(results: dict[str, Any], run: Run, wanted: float) -> Point | None:
     """The first point of a run's curve with at least the wanted skill, or None."""
-    return next((point for point in run["curve"] if skill(results, point).rate >= wanted), None)
+    # A rate that equals the level may fall short of it by rounding: 0.9 * 0.8 is above 72 / 100.
+    enough = wanted - 1e-9
+    return next((point for point in run["curve"] if skill(results, point).rate >= enough), None)
 
 
 def summarise(results: dict[str, Any]) -> dict[str, Any]:

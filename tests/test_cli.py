@@ -1,0 +1,286 @@
+"""The command, as a user types it: results, errors, configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from safeopt import organism
+from safeopt.cli import COMMANDS, demo, main
+from safeopt.compare import Settings
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with small JSONL files, which is the working folder."""
+    monkeypatch.chdir(tmp_path)
+    for name, response in (("refusals", "I cannot."), ("task", "sports"), ("test", "sports")):
+        write_rows(tmp_path / f"{name}.jsonl", name, response)
+    for name in ("harmful", "harmless"):
+        write_rows(tmp_path / f"{name}.jsonl", name, None)
+    return tmp_path
+
+
+def write_rows(path: Path, what: str, response: str | None) -> None:
+    extra = {} if response is None else {"response": response}
+    rows = [{"instruction": f"{what} number {i}", **extra} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def result(capsys: pytest.CaptureFixture[str], *words: Any) -> dict[str, Any]:
+    """The one JSON object on stdout."""
+    code, out, err = call(capsys, *words, "--json")
+    assert code == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_the_whole_way(rows: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scored = result(capsys, "score", tiny_folder, "--refusals", "refusals.jsonl", "--out", "s.st")
+    assert scored["n"] == 6
+    chosen = result(capsys, "select", "s.st", "--fraction", "0.1", "--out", "m.st")
+    selected = chosen["total"]["selected"]
+    assert selected == round(0.1 * scored["weights"])
+    trained = result(
+        capsys,
+        *("train", tiny_folder, "--data", "task.jsonl", "--freeze", "m.st", "--steps", 2),
+        *("--lr", "0.01", "--weight-decay", "0.1", "--out", "tuned"),
+    )
+    assert trained["total"] - trained["live"] == selected
+    measured = result(
+        capsys,
+        *("evaluate", "tuned/model", "--harmful", "harmful.jsonl", "other=test.jsonl"),
+        *("--harmless", "harmless.jsonl", "--task", "test.jsonl", "--text", "task.jsonl"),
+        *("--reference", tiny_folder, "--mask", "m.st", "--max-new-tokens", 3),
+    )
+    assert set(measured["attack"]) == {"harmful", "other"}
+    assert measured["drift"]["critical"]["moved"] == 0
+    assert measured["drift"]["critical"]["numel"] == selected
+    assert measured["drift"]["other"]["moved"] > 0
+    assert "not a judge" in measured["phrases"]["note"]
+
+
+def test_text_results_go_to_stdout(
+    rows: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["score", tiny_folder, "--refusals", "refusals.jsonl", "--out", "s.st"]
+    assert "scored on 6 prompts: s.st" in call(capsys, *words)[1]
+    assert "layer 0" in call(capsys, "select", "s.st", "--fraction", "0.1", "--out", "m.st")[1]
+    train = ["train", tiny_folder, "--data", "task.jsonl", "--train", "m.st", "--steps", 1]
+    assert "weights trained: tuned/model" in call(capsys, *train, "--out", "tuned")[1]
+    evaluate = ["evaluate", "tuned/model", "--harmful", "harmful.jsonl", "--max-new-tokens", 2]
+    found = call(capsys, *evaluate, "--task", "test.jsonl", "--reference", tiny_folder)[1]
+    for words in ("attack success, harmful: ", "task accuracy: ", "drift, all: ", "not a judge"):
+        assert words in found
+
+
+def test_resumed_training_ends_where_an_uninterrupted_one_does(
+    rows: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", tiny_folder, "--data", "task.jsonl", "--lr", "0.01", "--batch-size", 2]
+    whole = result(capsys, *words, "--steps", 4, "--out", "whole")
+    result(capsys, *words, "--steps", 2, "--out", "parts")
+    code, _, err = call(capsys, *words, "--steps", 4, "--out", "parts")
+    assert code == 2
+    assert "already holds a model" in err
+    (rows / "parts" / "model").rename(rows / "halfway")
+    parts = result(capsys, *words, "--steps", 4, "--out", "parts", "--resume")
+    assert parts["loss"] == whole["loss"]
+    weights = [rows / name / "model" / "model.safetensors" for name in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("score {m} --refusals missing.jsonl --out x", "missing.jsonl"),
+        ("score {m} --refusals broken.jsonl --out x", "broken.jsonl, line 2"),
+        ("score {m} --refusals harmful.jsonl --out x", "no field 'response'"),
+        ("score {m} --refusals empty.jsonl --out x", "empty.jsonl is empty"),
+        ("score nowhere --refusals refusals.jsonl --out x", "'nowhere' is no folder"),
+        ("score {m} --refusals refusals.jsonl --objective guard --out x", "guard needs --judge"),
+        ("score {m} --refusals refusals.jsonl --device mars --out x", "device 'mars'"),
+        ("select refusals.jsonl --fraction 0.1 --out x", "refusals.jsonl"),
+        ("train {m} --data task.jsonl --freeze pickle.pt --out x", "is a pickle"),
+        ("train {m} --data task.jsonl --steps 0 --out x", "steps is 0"),
+        ("evaluate {m}", "nothing to evaluate"),
+        ("evaluate {m} --harmless harmless.jsonl --mask x", "--reference"),
+        ("evaluate {m} --harmful task.jsonl task.jsonl", "two harmful sets are named 'task'"),
+        ("compare {m} {sets} --arms spa:0.1 --out x", "lack adamw"),
+        ("compare {m} {sets} --arms adamw spy:0.1 --out x", "did you mean spa"),
+        ("compare {m} {sets} --arms adamw --scenario poison:0.1 --out x", "'poison' is empty"),
+    ],
+)
+def test_a_users_error_is_one_line_and_writes_nothing(
+    words: str, message: str, rows: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (rows / "broken.jsonl").write_text('{"instruction": "a", "response": "b"}\n{"instruction"\n')
+    (rows / "empty.jsonl").write_text("")
+    (rows / "pickle.pt").write_bytes(b"\x80\x02]q\x00.")
+    sets = "--identify refusals.jsonl --task task.jsonl --harmful harmful.jsonl"
+    sets += " --harmless harmless.jsonl --test test.jsonl"
+    code, out, err = call(capsys, *words.format(m=tiny_folder, sets=sets).split())
+    assert code == 2
+    assert out == ""
+    assert err.strip().splitlines()[-1].startswith("safeopt: error: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (rows / "x").exists()
+
+
+def test_mask_of_another_model_is_refused(
+    rows: Path, tiny_folder: Path, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.conftest import make_llama
+
+    make_llama(vocab_size=len(tiny_tokenizer), seed=1).save_pretrained("other")
+    tiny_tokenizer.save_pretrained("other")
+    result(capsys, "score", tiny_folder, "--refusals", "refusals.jsonl", "--out", "s.st")
+    result(capsys, "select", "s.st", "--fraction", "0.1", "--out", "m.st")
+    code, _, err = call(
+        capsys, "train", "other", "--data", "task.jsonl", "--freeze", "m.st", "--out", "x"
+    )
+    assert code == 2
+    assert "safeopt: error: " in err
+    assert not (rows / "x").exists()
+
+
+def test_debug_shows_the_traceback(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["score", "nowhere", "--refusals", "refusals.jsonl", "--out", "x"]
+    assert "Traceback" in call(capsys, *words, "--debug")[2]
+
+
+def test_ctrl_c_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["train"], "run", interrupt)
+    code, out, err = call(capsys, "train", "m", "--data", "d", "--out", "o")
+    assert (code, out) == (130, "")
+    assert "--resume" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_parses(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "example:\n  safeopt " in capsys.readouterr().out
+    monkeypatch.setattr(COMMANDS[command], "run", lambda args: {"steps": getattr(args, "steps", 0)})
+    words = COMMANDS[command].EXAMPLE.replace("\\\n", " ").split()
+    assert words[:2] == ["safeopt", command]
+    result(capsys, *words[1:])
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Calls `safeopt compare` or `train` with words; the result is the options it would run with."""
+    for command in ("compare", "train"):
+        monkeypatch.setattr(COMMANDS[command], "run", vars)
+    return lambda *words: call(capsys, *words, "--json")
+
+
+COMPARE = """
+arms: [adamw, "spa:0.1"]
+seeds: [3, 4]
+identify: i.jsonl
+task: t.jsonl
+harmful: one=h.jsonl
+harmless: l.jsonl
+test: e.jsonl
+lr: 1e-4
+out: results
+"""
+
+
+def test_config_gives_options_and_the_command_line_wins(parsed: Any, tmp_path: Path) -> None:
+    """A list comes last in the file, and must not swallow MODEL."""
+    file = tmp_path / "c.yaml"
+    file.write_text(COMPARE + "eval-every: 7\n")
+    code, out, err = parsed("compare", "--config", file, "my-model", "--seeds", "9")
+    assert code == 0, err
+    options = json.loads(out)
+    assert options["model"] == "my-model"
+    assert options["arms"] == ["adamw", "spa:0.1"]
+    assert options["seeds"] == [9]
+    assert options["lr"] == 1e-4
+    assert options["eval_every"] == 7
+    file.write_text("out: x\nharmful: [a, b]\n" + COMPARE.replace("harmful: one=h.jsonl\n", ""))
+    assert json.loads(parsed("compare", f"--config={file}", "m")[1])["harmful"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("value", "expected"), [("true", True), ("false", False)])
+def test_config_takes_switches(value: str, expected: bool, parsed: Any, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"resume: {value}\ndata: d.jsonl\nout: o\n")
+    assert json.loads(parsed("train", "m", "--config", file)[1])["resume"] is expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("stepz: 3", "'stepz' is no option of safeopt train; did you mean steps"),
+        ("weight_decay: 3", "did you mean weight-decay"),
+        ("model: m", "'model' is no option"),
+        ("config: c", "'config' is no option"),
+        ("- steps", "must hold lines such as"),
+        ("steps: [", "is not YAML"),
+        ("steps: [1, 2]", "steps is [1, 2]; it must be one value"),
+        ("resume: 3", "it must be true or false"),
+        ("lr: {a: 1}", "it must be one value"),
+    ],
+)
+def test_wrong_config_is_named(content: str, message: str, parsed: Any, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    code, _, err = parsed("train", "m", "--data", "d", "--out", "o", "--config", file)
+    assert code == 2
+    assert f"config {file}" in err
+    assert message in err
+
+
+def test_missing_config_is_named(parsed: Any) -> None:
+    code, _, err = parsed("train", "m", "--data", "d", "--out", "o", "--config", "nowhere.yaml")
+    assert code == 2
+    assert "nowhere.yaml" in err
+
+
+def test_env_tells_what_a_report_of_a_fault_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(capsys, "env")
+    assert found["versions"]["torch"]
+    assert found["kernels"]["CPU"] in ("plain torch", "compiled")
+    assert Path(found["folder"]).name == "safeopt"
+    assert found["name_clash"] is False
+    assert "torch" in call(capsys, "env")[1]
+
+
+def test_demo_goes_the_whole_way(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On a tiny model in place of the organism, and with a tiny budget."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(organism, "path", lambda name: tiny_folder)
+    monkeypatch.setattr(demo, "SETTINGS", Settings(steps=2, eval_every=1, max_new_tokens=2))
+    monkeypatch.setattr(demo, "EVALUATED", 3)
+    code, out, err = call(capsys, "demo", "--out", tmp_path / "demo")
+    assert code == 0, err
+    assert out.strip().splitlines()[-1].startswith("After 2 steps of poison:0.1 training, ")
+    assert len(list((tmp_path / "demo" / "runs").iterdir())) == len(demo.ARMS)
