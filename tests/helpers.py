@@ -97,11 +97,6 @@ def advance(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[
         optimizer.step()
 
 
-def values(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters."""
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
-
-
 def assert_same(actual: nn.Module, expected: nn.Module) -> None:
     """Every parameter bit for bit."""
     for name, p in expected.named_parameters():
