@@ -124,7 +124,7 @@ class BitMask:
         bits = self.bits if device is None else self.bits.to(device)
         units = _unpack(bits, self.nbits).view(1, self.nbits, 1)
         repeats = self.numel // (self.span * self.nbits)
-        return units.expand(repeats, self.nbits, self.span).reshape(self.shape)
+        return units.expand(repeats, self.nbits, self.span).reshape(self.shape).contiguous()
 
     def to_weights(self) -> BitMask:
         """The same selection with one bit per element."""
