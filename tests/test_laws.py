@@ -41,8 +41,7 @@ def options(dtype: torch.dtype, extra: dict) -> dict:
 @flags
 @dtypes
 def test_law_1_no_mask_is_bit_identical_to_torch_adamw(dtype: torch.dtype, extra: dict) -> None:
-    start = Bag(dtype)
-    kw = options(dtype, extra)
+    start, kw = Bag(dtype), options(dtype, extra)
     ours, a = run(start, lambda p: SafeAdamW(p, **kw))
     theirs, b = run(start, lambda p: torch.optim.AdamW(p, **kw))
     assert_same(ours, theirs)
@@ -205,8 +204,7 @@ def test_law_4_freeze_all_moves_nothing_and_keeps_no_state(extra: dict) -> None:
         start, lambda p: SafeAdamW(p, **HYPER, **extra, freeze=random_mask(start, density=2.0))
     )
     assert_same(ours, start)
-    assert not optimizer.state
-    assert optimizer.live_count()[0] == 0
+    assert not optimizer.state and optimizer.live_count()[0] == 0
 
 
 @roles
