@@ -206,7 +206,7 @@ class GradientSum:
     def backward(self, value: Tensor) -> None:
         """Differentiate a scalar; FloatingPointError if it or a gradient is not finite."""
         if not torch.isfinite(value):
-            raise FloatingPointError(f"the safety score is {float(value)}")
+            raise FloatingPointError(f"the safety score is {value.item()}")
         value.backward()
         bad, self._bad = self._bad, []
         if bad:

@@ -256,7 +256,7 @@ MOE = {
 
 
 def make_moe(kind: str):
-    """A real small mixture-of-experts model, with the fused 3-D expert tensors of transformers 5."""
+    """A real small mixture-of-experts model, its experts fused as transformers 5 does it."""
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}

@@ -153,12 +153,19 @@ class GuardObjective:
             return None
         return prompt, torch.tensor(answer, device=ids.device)
 
-    def _surrogate(self, model: nn.Module, prompt: str, ids: Tensor, answer: Tensor) -> Tensor:
-        """Inner product of the carried-over direction and the model's soft answer: scalar."""
+    def _surrogate(
+        self, model: nn.Module, prompt: str, ids: Tensor, answer: Tensor
+    ) -> Tensor | None:
+        """Inner product of the carried-over direction and the model's soft answer: scalar.
+
+        None where the judge's tokenizer sees nothing in the answer.
+        """
         text, spans = character_spans(self.model_tokenizer, answer.tolist())
         lead, body = len(text) - len(text.lstrip()), text.strip()
         mine = [(max(start - lead, 0), max(stop - lead, 0)) for start, stop in spans]
         gradient, read, theirs = self.judge.gradient(prompt, body)
+        if not theirs:
+            return None
         logits = model(torch.cat([ids, answer])[None]).logits[0, len(ids) - 1 : -1].float()
         weights = position_weights(mine, theirs)
         direction = self._carry(gradient, read, answer, weights, logits.shape[1])

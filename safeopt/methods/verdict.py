@@ -91,13 +91,15 @@ class Judge:
                 f" {prompt!r} and its answer; lower max_new_tokens, or leave the prompt out"
             )
         slots, spans = [], []
-        for i, (first, last) in enumerate(offsets):
-            start, stop = max(first - len(before), 0), min(last - len(before), len(answer))
-            if start < stop:
+        # Byte tokens of one character all have its offsets; as in character_spans, the last counts.
+        for i, (here, further) in enumerate(zip(offsets, [*offsets[1:], None], strict=True)):
+            start, stop = max(here[0] - len(before), 0), min(here[1] - len(before), len(answer))
+            if start < stop and here != further:
                 slots.append(i)
                 spans.append((start, stop))
         place = next(self.model.parameters()).device
-        return torch.tensor(ids, device=place), torch.tensor(slots, device=place), spans
+        where = torch.tensor(slots, dtype=torch.int64, device=place)
+        return torch.tensor(ids, device=place), where, spans
 
     def _frame(self, prompt: str) -> tuple[str, str, bool]:
         """The text before and after the answer, and whether it holds its special tokens already."""
