@@ -189,7 +189,7 @@ def test_help_has_an_example_that_parses(
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Calls `safeopt compare` or `train` with words; the result is the options it would run with."""
+    """Calls `safeopt compare` or `train` with words; the result is its options."""
     for command in ("compare", "train"):
         monkeypatch.setattr(COMMANDS[command], "run", vars)
     return lambda *words: call(capsys, *words, "--json")
@@ -220,8 +220,9 @@ def test_config_gives_options_and_the_command_line_wins(parsed: Any, tmp_path: P
     assert options["seeds"] == [9]
     assert options["lr"] == 1e-4
     assert options["eval_every"] == 7
-    file.write_text("out: x\nharmful: [a, b]\n" + COMPARE.replace("harmful: one=h.jsonl\n", ""))
-    assert json.loads(parsed("compare", f"--config={file}", "m")[1])["harmful"] == ["a", "b"]
+    file.write_text(COMPARE.replace("harmful: one=h.jsonl\n", "") + "harmful: [a, b]\n")
+    options = json.loads(parsed("compare", "my-model", "--config", file)[1])
+    assert (options["model"], options["harmful"]) == ("my-model", ["a", "b"])
 
 
 @pytest.mark.parametrize(("value", "expected"), [("true", True), ("false", False)])

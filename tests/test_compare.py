@@ -243,7 +243,7 @@ def test_interrupted_comparison_goes_on(tiny_folder: Path, tmp_path: Path) -> No
     ]
     for name in ("identify", "task", "poison", "harmless", "test"):
         words += [f"--{name}", f"{name}.jsonl"]
-    command = [sys.executable, "-m", "safeopt", *words, "--steps", "60"]
+    command = [sys.executable, "-m", "safeopt", *words, "--steps", "25"]
     first = tmp_path / "out" / "runs" / "adamw-seed0.json"
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen(command, cwd=tmp_path, env=here, stderr=subprocess.PIPE, text=True)
@@ -319,7 +319,7 @@ def test_scores_are_kept_for_the_same_model_and_rows_only(
         ({"poison": []}, "'poison' is empty"),
         ({"poison": numbered("poison", 3)}, "needs 4 harmful rows and there are 3"),
         ({"harmful": {}}, "harmful holds no set"),
-        ({"scenario": Scenario("clean")}, "poison rows are given"),
+        ({"scenario": "clean", "poison": numbered("poison", 6)}, "poison rows are given"),
     ],
 )
 def test_sets_are_kept_apart(changes: dict[str, Any], message: str) -> None:

@@ -100,8 +100,8 @@ class Sets:
     ``text`` always.
 
     Raises:
-        ValueError: an empty set, too few poison rows, or a text in two of identification, training and
-            evaluation.
+        ValueError: an empty set, too few poison rows, or a text that stands in two of
+            identification, training and evaluation.
     """
 
     scenario: Scenario
