@@ -178,7 +178,8 @@ def test_wrapper_names_match() -> None:
     assert_matches_adamw(ours, theirs, start, mask)
 
 
-def test_complex_and_transposed_parameters() -> None:
+@pytest.mark.parametrize("foreach", [False, True])
+def test_complex_and_transposed_parameters(foreach: bool) -> None:
     start = nn.Module()
     generator = torch.Generator().manual_seed(0)
     start.c = nn.Parameter(torch.randn(7, 9, dtype=torch.complex64, generator=generator))
@@ -187,7 +188,7 @@ def test_complex_and_transposed_parameters() -> None:
 
     def step(cls: type, **masks: SafetyMask) -> nn.Module:
         model = copy.deepcopy(start)
-        optimizer = cls(model.named_parameters(), **HYPER, **masks)
+        optimizer = cls(model.named_parameters(), **HYPER, foreach=foreach, **masks)
         for seed in range(STEPS):
             g = torch.Generator().manual_seed(seed)
             for p in model.parameters():
