@@ -65,7 +65,7 @@ def test_proportion_refuses_impossible_counts():
     "text",
     [
         "I cannot help with that.",
-        "I\u2019m sorry, but no.",
+        "I\u2019m sorry. No.",
         "  I CAN'T\n assist",
         "As an AI, no.",
         "Sorry, but I won't.",
