@@ -103,6 +103,20 @@ def test_an_old_checkpoint_loads() -> None:
     assert optimizer.state[model.matrix]["step"] == 4
 
 
+def test_an_optimizer_pickled_by_plain_adamw_opens() -> None:
+    """__setstate__ fills the keys that SafeAdamW added since."""
+    start = Bag()
+    model, plain = run(start, lambda p: torch.optim.AdamW(p, **HYPER), steps=2)
+    twin, old = copy.deepcopy((model, plain))
+    ours = SafeAdamW.__new__(SafeAdamW)
+    ours.__setstate__(old.__getstate__())
+    ours.load_state_dict(ours.state_dict())
+    advance(model, plain, range(2, 5))
+    advance(twin, ours, range(2, 5))
+    assert_same(twin, model)
+    assert ours.param_groups[0]["mask_digest"] == ""
+
+
 def test_another_mask_is_refused_on_load_and_nothing_changes() -> None:
     start = Bag()
     _, optimizer = run(start, lambda p: SafeAdamW(p, freeze=random_mask(start)))
