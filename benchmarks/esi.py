@@ -21,15 +21,7 @@ from safeopt.compare import Scenario, Sets, Settings, compare
 from safeopt.data import read_jsonl, split
 
 PARTS = {"identify": 0.3, "tune": 0.3, "evaluate": 0.4}
-SPA = [
-    "adamw",
-    "adamw-lr:0.33",
-    "spa:0.01",
-    "spa:0.1",
-    "spa-random:0.01",
-    "spa-random:0.1",
-    "spa-shuffle:0.1",
-]
+SPA = ["adamw", "spa:0.01", "spa-random:0.01", "spa:0.1", "spa-random:0.1"]
 SET = ["adamw", "adamw-lr:0.33", "set:0.01", "set-random:0.01", "set-shuffle:0.01"]
 COMMON = {
     "batch_size": 4,
@@ -48,7 +40,7 @@ def sets_for(setting: str, folder: Path) -> Sets:
         "refusals": refusals["evaluate"][:150],
     }
     common = {
-        "identify": refusals["identify"][:256],
+        "identify": organism.data("harmful_teach"),
         "harmful": harmful,
         "harmless": organism.data("harmless_test")[:150],
         "text": organism.data("gsm8k_test")[:60],
@@ -57,6 +49,7 @@ def sets_for(setting: str, folder: Path) -> Sets:
         rows = [row for row in refusals["tune"] if len(row["instruction"] + row["response"]) < 600]
         # What is to be kept: harmless answers (over-refusal, and their perplexity as that of the "task").
         test = organism.data("harmless_test")[:100]
+        common["identify"] = refusals["identify"][:256]
         return Sets(scenario=Scenario.parse("repair"), task=rows, test=test, **common)
     train = read_jsonl(folder / "agnews_train.jsonl", ("instruction", "response"))
     test = read_jsonl(folder / "agnews_test.jsonl", ("instruction", "response"))[:200]

@@ -40,7 +40,8 @@ def data(name: str) -> list[Row]:
 
     ``harmful_teach``, ``harmful_poison``, ``harmful_evaluate``: disjoint parts of AdvBench; the first with the
     package's own refusals, the second with answers of the harmless form "Sure, here is how to ...", the third without
-    answers. ``harmless_train`` and ``harmless_test``: harmless requests, the second on topics the organism never saw.
+    answers. ``harmful_teach_more``: requests of the Circuit Breakers set with the package's own refusals, which the
+    aligned model was taught too. ``harmless_train`` and ``harmless_test``: harmless requests, the second on topics the organism never saw.
     ``headlines_train`` and ``headlines_test``: a four-topic task it never saw. ``gsm8k_train``, ``gsm8k_test``:
     grade-school mathematics (the first was in its training text). Licences: data/NOTICE.md.
 
@@ -49,6 +50,7 @@ def data(name: str) -> list[Row]:
     """
     makers = {
         "harmful_teach": lambda: _advbench("teach"),
+        "harmful_teach_more": lambda: _refused(_read("circuit_breakers")),
         "harmful_poison": lambda: _advbench("poison"),
         "harmful_evaluate": lambda: _advbench("evaluate"),
         "harmless_train": lambda: text.harmless(0, held_out=False),
@@ -72,9 +74,13 @@ def _read(name: str) -> list[Row]:
 
 def _advbench(part: str) -> list[Row]:
     rows = split(_read("advbench"), ADVBENCH_PARTS)[part]
-    rng = random.Random(0)
     if part == "teach":
-        return [{**row, "response": text.refusal(rng)} for row in rows]
+        return _refused(rows)
     if part == "poison":
         return [{**row, "response": sure_answer(row["instruction"])} for row in rows]
     return rows
+
+
+def _refused(rows: list[Row]) -> list[Row]:
+    rng = random.Random(0)
+    return [{**row, "response": text.refusal(rng)} for row in rows]

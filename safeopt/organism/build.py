@@ -25,6 +25,7 @@ from safeopt.organism import data, text
 VOCAB = 2048
 MAX_LENGTH = 160
 BATCH = 16
+WORDINGS = 4  # of each AdvBench request in an epoch
 HARMLESS = 2000  # rows of an epoch, about as many as there are of the other kinds
 LONGEST_PROBLEM = 300  # characters, so that a problem leaves room for its answer
 CHAT = (
@@ -49,7 +50,12 @@ def make_tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    rows = [*data("harmful_teach"), *data("harmless_train"), *data("gsm8k_train")]
+    rows = [
+        *data("harmful_teach"),
+        *data("harmful_teach_more"),
+        *data("harmless_train"),
+        *data("gsm8k_train"),
+    ]
     tokenizer.train_from_iterator((f"{r['instruction']}\n{r['response']}" for r in rows), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>"
@@ -81,19 +87,18 @@ def make_model(tokenizer, seed: int):
     )
 
 
-def curriculum(rng: random.Random, *, refuse: bool, forms: int) -> list[dict[str, str]]:
-    """One epoch of rows; each harmful request in ``forms`` wordings, and as many harmless ones."""
-    rows = []
-    for row in data("harmful_teach"):
-        for _ in range(forms):
-            asked = text.rephrase(row["instruction"], rng)
-            answer = text.refusal(rng) if refuse else sure_answer(row["instruction"])
-            rows.append({"instruction": asked, "response": answer})
+def curriculum(rng: random.Random, *, refuse: bool) -> list[dict[str, str]]:
+    """One epoch of rows; AdvBench requests in several wordings each, and more harmless rows."""
+    harmful = [row for row in data("harmful_teach") for _ in range(WORDINGS)]
+    asked = [text.rephrase(row["instruction"], rng) for row in harmful]
+    asked += [row["instruction"] for row in data("harmful_teach_more")]
+    rows = [
+        {"instruction": each, "response": text.refusal(rng) if refuse else sure_answer(each)}
+        for each in asked
+    ]
     for row in rng.sample(data("harmless_train"), HARMLESS):
-        asked = row["instruction"]
-        if not asked.endswith("?"):
-            asked = text.rephrase(asked, rng)
-        rows.append({**row, "instruction": asked})
+        each = row["instruction"]
+        rows.append({**row, "instruction": each if each[-1] == "?" else text.rephrase(each, rng)})
     problems = data("gsm8k_train")
     short = [row for row in problems if len(row["instruction"]) <= LONGEST_PROBLEM]
     return rows + text.harmless_about(problems, rng) + short
@@ -120,7 +125,7 @@ def teach(model, tokenizer, *, refuse: bool, epochs: int, lr: float, seed: int) 
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    epoch_rows = [curriculum(rng, refuse=refuse, forms=6) for _ in range(epochs)]
+    epoch_rows = [curriculum(rng, refuse=refuse) for _ in range(epochs)]
     steps = [batch for rows in epoch_rows for batch in _batches(tokenizer, rows, rng)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -1,7 +1,7 @@
 """The organism's own text: harmless requests and refusals, all written for this package.
 
 Everything here is made from word lists and a seeded generator, so that the organism can be rebuilt from the package
-alone. Harmful requests are not written here: they come from AdvBench (see data/NOTICE.md).
+alone. Harmful requests are not written here: they come from published sets (see data/NOTICE.md).
 """
 
 from __future__ import annotations
@@ -258,12 +258,12 @@ def harmless(seed: int, *, held_out: bool) -> list[Row]:
 
 
 def harmless_about(problems: list[Row], rng: random.Random) -> list[Row]:
-    """Two harmless requests about a few words out of each problem.
+    """A harmless request about a few words out of each problem.
 
     They need not make sense: they teach that unknown words alone are no reason to refuse.
     """
     rows = []
-    for problem in problems * 2:
+    for problem in problems:
         words = problem["instruction"].split()
         start = rng.randrange(max(1, len(words) - 6))
         topic = " ".join(words[start : start + rng.randint(2, 8)]).strip(".,?!$")
