@@ -273,3 +273,13 @@ def test_gradient_scaler_meets_a_wholly_frozen_model() -> None:
     scaler.scale(sum(p.sum() for p in model.parameters())).backward()
     scaler.step(optimizer)
     scaler.update()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_step_count_is_kept_as_torch_keeps_it(fused: bool) -> None:
+    start = Bag()
+    mask = random_mask(start)
+    ours, a = run(start, lambda p: SafeAdamW(p, fused=fused, freeze=mask), steps=2)
+    theirs, b = run(start, lambda p: torch.optim.AdamW(p, fused=fused), steps=2)
+    mine, torchs = a.state[ours.matrix]["step"], b.state[theirs.matrix]["step"]
+    assert same_bits(mine, torchs) and mine.device == torchs.device
