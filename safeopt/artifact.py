@@ -243,8 +243,9 @@ def _parse(path: Path, header: Mapping[str, str], kind: str) -> dict[str, Any]:
 def _disk_full(error: Exception, folder: Path) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # torch.save and safetensors report a full disk as an error of their own, without an errno.
-    return shutil.disk_usage(folder).free < FULL
+    # safetensors quotes the system's error in one of its own; torch.save does not even do that.
+    quoted = os.strerror(errno.ENOSPC) in str(error)
+    return quoted or shutil.disk_usage(folder).free < FULL
 
 
 def _replace(temporary: Path, path: Path) -> None:

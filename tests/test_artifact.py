@@ -232,6 +232,16 @@ def test_a_full_disk_met_by_another_library_is_named(
     assert not listed(tmp_path)
 
 
+def test_a_full_disk_in_the_words_of_safetensors_is_named(tmp_path: Path) -> None:
+    """save_file reserves the whole file at once, so the disk is not full any more when it fails."""
+    raised = SafetensorError("Error while serializing: I/O error: No space left on device")
+    with (
+        pytest.raises(OSError, match="no free disk space"),
+        artifact.atomic(tmp_path / "step"),
+    ):
+        raise raised
+
+
 def test_other_errors_pass_through_and_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     for error in (KeyboardInterrupt, ZeroDivisionError, PermissionError):
