@@ -70,6 +70,7 @@ def unusual_state(model):
     """A model as a user may have it: parts in train mode, parts frozen, gradients lying about."""
     model.train()
     model.model.layers[0].eval()
+    model.model.layers[1].self_attn.attention_dropout = 0.9
     model.model.embed_tokens.weight.requires_grad_(False)
     model.lm_head.weight.requires_grad_(False)
     model.model.norm.weight.grad = torch.full_like(model.model.norm.weight, 2.0)
