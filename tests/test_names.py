@@ -179,6 +179,12 @@ def test_require_lists_near_misses(wanted: str) -> None:
     assert repr(LONG) in str(error.value)
 
 
+def test_require_finds_near_misses_of_a_short_pattern() -> None:
+    """As whole strings, a pattern of three components and a full name are not similar."""
+    with pytest.raises(ValueError, match=r"did you mean.*model\.layers\.1\.mlp"):
+        names.require(["layers.11.mlp"], names.parameters(make_llama()), "mask")
+
+
 def test_require_counts_what_it_does_not_spell_out() -> None:
     with pytest.raises(ValueError, match="12 name") as error:
         names.require([f"zzz.{i}" for i in range(12)], [LONG], "mask")
