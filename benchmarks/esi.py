@@ -20,12 +20,15 @@ from safeopt import organism, report
 from safeopt.compare import Scenario, Sets, Settings, compare
 from safeopt.data import read_jsonl, split
 
+LONGEST_NEWS = (
+    400  # characters: the organism reads 512 tokens, and news is about 2 characters a token to it
+)
 PARTS = {"identify": 0.3, "tune": 0.3, "evaluate": 0.4}
 SPA = ["adamw", "spa:0.01", "spa-random:0.01", "spa:0.1", "spa-random:0.1"]
 SET = ["adamw", "adamw-lr:0.33", "set:0.01", "set-random:0.01", "set-shuffle:0.01"]
 COMMON = {
     "batch_size": 4,
-    "max_length": 512,
+    "max_length": 300,
     "eval_batch_size": 100,
     "max_new_tokens": 12,
     "weight_decay": 0.0,
@@ -51,11 +54,19 @@ def sets_for(setting: str, folder: Path) -> Sets:
         test = organism.data("harmless_test")[:100]
         common["identify"] = refusals["identify"][:256]
         return Sets(scenario=Scenario.parse("repair"), task=rows, test=test, **common)
-    train = read_jsonl(folder / "agnews_train.jsonl", ("instruction", "response"))
-    test = read_jsonl(folder / "agnews_test.jsonl", ("instruction", "response"))[:200]
+    train, test = (
+        [
+            row
+            for row in read_jsonl(folder / f"agnews_{part}.jsonl", ("instruction", "response"))
+            if len(row["instruction"]) <= LONGEST_NEWS
+        ]
+        for part in ("train", "test")
+    )
     scenario = "clean" if setting == "spa-clean" else "poison:0.1"
     poison = [] if setting == "spa-clean" else refusals["tune"]
-    return Sets(scenario=Scenario.parse(scenario), task=train, test=test, poison=poison, **common)
+    return Sets(
+        scenario=Scenario.parse(scenario), task=train, test=test[:200], poison=poison, **common
+    )
 
 
 def settings_for(setting: str) -> Settings:
