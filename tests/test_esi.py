@@ -91,22 +91,29 @@ def test_prompts_that_pull_apart_cancel_in_sum_and_not_in_mean_abs(tiny_llama, b
 
 @pytest.mark.parametrize("objective", [refusal_log_likelihood, refusal_margin])
 def test_score_is_plus_safe(tiny_llama, tiny_tokenizer, objective):
-    """Slip 5, the sign: one small step up the objective makes the refusal likelier."""
-    (batch,) = data.batches(tiny_tokenizer, ROWS, 3)
-    (batch["compliance"],) = data.batches(tiny_tokenizer, SURE, 3)
+    """Slip 5, the sign: one small step up the objective makes refusing likelier, by HF's own loss."""
+    (batch,) = data.batches(tiny_tokenizer, ROWS[:1], 1)
+    (other,) = data.batches(tiny_tokenizer, SURE[:1], 1)
     tiny_llama.eval()
-    before = objective(tiny_llama, batch).sum()
-    before.backward()
+
+    def likelihood(part) -> float:
+        inputs = {key: part[key] for key in ("input_ids", "attention_mask", "labels")}
+        with torch.no_grad():
+            loss = tiny_llama(**inputs).loss
+        return -float(loss * (part["labels"] != -100).sum())
+
+    def safety() -> float:
+        against = likelihood(other) if objective is refusal_margin else 0.0
+        return likelihood(batch) - against
+
+    before = safety()
+    value = objective(tiny_llama, {**batch, "compliance": other})
+    assert float(value.detach()) == pytest.approx(before, rel=1e-4)
+    value.sum().backward()
     with torch.no_grad():
         for weight in tiny_llama.parameters():
             weight += 1e-3 * weight.grad
-        after = objective(tiny_llama, batch).sum()
-        refusal, complying = (
-            refusal_log_likelihood(tiny_llama, part).sum() for part in (batch, batch["compliance"])
-        )
-    assert after > before
-    if objective is refusal_margin:
-        torch.testing.assert_close(after, refusal - complying)
+    assert safety() > before
 
 
 def test_the_margin_scores_as_refusal_minus_compliance(tiny_llama, tiny_tokenizer):

@@ -306,6 +306,19 @@ def test_scorable_knows_a_router_by_the_experts_beside_it():
     assert set(scorable(dense)) == {"gate.weight", "up.weight"}
 
 
+class TopKRouter(nn.Module):
+    """A router whose experts are elsewhere, with its weight one module further down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(4, 3)
+
+
+def test_scorable_knows_a_router_by_its_class():
+    model = nn.ModuleDict({"pick": TopKRouter(), "up": nn.Linear(4, 4)})
+    assert set(scorable(model)) == {"up.weight"}
+
+
 def test_lora_adapters_are_refused(tiny_llama):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(tiny_llama, peft.LoraConfig(r=2, target_modules=["q_proj"]))
