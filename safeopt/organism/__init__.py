@@ -8,7 +8,6 @@ from pathlib import Path
 
 from safeopt.data import split, sure_answer
 from safeopt.organism import text
-from safeopt.organism.headlines import headlines
 
 Row = dict[str, str]
 
@@ -55,8 +54,8 @@ def data(name: str) -> list[Row]:
         "harmful_evaluate": lambda: _advbench("evaluate"),
         "harmless_train": lambda: text.harmless(0, held_out=False),
         "harmless_test": lambda: text.harmless(0, held_out=True),
-        "headlines_train": lambda: headlines(0, held_out=False),
-        "headlines_test": lambda: headlines(0, held_out=True),
+        "headlines_train": lambda: text.headlines(0, held_out=False),
+        "headlines_test": lambda: text.headlines(0, held_out=True),
         "gsm8k_train": lambda: _read("gsm8k")[:-GSM8K_TEST_ROWS],
         "gsm8k_test": lambda: _read("gsm8k")[-GSM8K_TEST_ROWS:],
     }
