@@ -1,13 +1,17 @@
-"""SPA and SET (arXiv 2604.08297) on the organism, with their controls: ``python benchmarks/esi.py --data DATA --out OUT``.
+"""SPA and SET (arXiv 2604.08297) on the organism, with their controls.
 
-DATA is a folder with agnews_*.jsonl, refusals.jsonl and so on (instruction and response, one object a line). Three
-settings, each resumable, about an hour of two cores together:
+    python benchmarks/esi.py spa-clean --data DATA --out OUT
+
+DATA is a folder with agnews_train.jsonl, agnews_test.jsonl and refusals.jsonl (instruction and
+response, one object a line). Three settings, each resumable:
 
     spa-clean     aligned organism, 1,000 steps on AG News, SPA freezing 1 % and 10 %
-    spa-poison    the same with 10 % of the rows harmful requests that get a "Sure, here is how to ..." answer
+    spa-poison    the same, with 10 % of the rows harmful requests that get an answer of the form
+                  "Sure, here is how to ..."
     set           unaligned organism, 100 steps on refusals, SET training 1 %
 
-The recipe is the paper's script's where it is known (effective batch 4, weight decay 0) and ours elsewhere.
+The recipe is that of the paper's script where it is known (effective batch 4, weight decay 0), and
+ours elsewhere.
 """
 
 from __future__ import annotations
@@ -20,9 +24,7 @@ from safeopt import organism, report
 from safeopt.compare import Scenario, Sets, Settings, compare
 from safeopt.data import read_jsonl, split
 
-LONGEST_NEWS = (
-    400  # characters: the organism reads 512 tokens, and news is about 2 characters a token to it
-)
+LONGEST_NEWS = 400  # characters; to the organism a token of news is about 2 characters
 PARTS = {"identify": 0.3, "tune": 0.3, "evaluate": 0.4}
 SPA = ["adamw", "spa:0.01", "spa-random:0.01", "spa:0.1", "spa-random:0.1"]
 SET = ["adamw", "adamw-lr:0.33", "set:0.01", "set-random:0.01", "set-shuffle:0.01"]
@@ -50,7 +52,7 @@ def sets_for(setting: str, folder: Path) -> Sets:
     }
     if setting == "set":
         rows = [row for row in refusals["tune"] if len(row["instruction"] + row["response"]) < 600]
-        # What is to be kept: harmless answers (over-refusal, and their perplexity as that of the "task").
+        # What is to be kept: harmless answers, and their perplexity as that of the "task".
         test = organism.data("harmless_test")[:100]
         common["identify"] = refusals["identify"][:256]
         return Sets(scenario=Scenario.parse("repair"), task=rows, test=test, **common)
@@ -86,8 +88,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="default: 3e-4 for SPA, 1e-3 for SET")
     args = parser.parse_args()
     settings = settings_for(args.setting)
+    command = f"python benchmarks/esi.py {args.setting} --data DATA --out OUT"
     if args.lr is not None:
-        settings = replace(settings, lr=args.lr)
+        settings, command = replace(settings, lr=args.lr), f"{command} --lr {args.lr:g}"
     results = compare(
         "organism:unaligned" if args.setting == "set" else "organism:aligned",
         sets_for(args.setting, args.data),
@@ -95,7 +98,7 @@ def main() -> None:
         args.seeds,
         args.out / args.setting,
         settings,
-        command=f"python benchmarks/esi.py {args.setting} --data DATA --out OUT --lr {settings.lr:g}",
+        command=command,
     )
     report.write(results, args.out / args.setting)
     print(report.verdict(results))

@@ -1,14 +1,16 @@
-"""Optimizers that keep a language model safe while people fine-tune it: score, select, protect, evaluate."""
+"""Keeps a language model safe while people fine-tune it: score, select, protect, evaluate."""
 
 from importlib.util import find_spec as _find_spec
 
 if _find_spec("safeopt.gp_opt") is not None:
     raise ImportError(
-        "the unrelated package 'safeopt' (Bayesian optimization) is installed over torch-safeopt: both own the folder "
-        "safeopt/. Run `pip uninstall safeopt torch-safeopt`, then `pip install torch-safeopt`."
+        "the unrelated package 'safeopt' (Bayesian optimization) is installed over torch-safeopt:"
+        " both own the folder safeopt/. Run `pip uninstall safeopt torch-safeopt`, then"
+        " `pip install torch-safeopt`."
     )
 
-from safeopt import evaluate, methods
+import safeopt.evaluate as evaluate
+import safeopt.methods as methods
 from safeopt._version import __version__
 from safeopt.mask import BitMask, SafetyMask
 from safeopt.optim import SafeAdamW, hold

@@ -91,7 +91,7 @@ def test_prompts_that_pull_apart_cancel_in_sum_and_not_in_mean_abs(tiny_llama, b
 
 @pytest.mark.parametrize("objective", [refusal_log_likelihood, refusal_margin])
 def test_score_is_plus_safe(tiny_llama, tiny_tokenizer, objective):
-    """Slip 5, the sign: one small step up the objective makes refusing likelier, by HF's own loss."""
+    """Slip 5, the sign: one small step up the objective makes refusing likelier, by HF's loss."""
     (batch,) = data.batches(tiny_tokenizer, ROWS[:1], 1)
     (other,) = data.batches(tiny_tokenizer, SURE[:1], 1)
     tiny_llama.eval()
@@ -270,6 +270,9 @@ def test_a_margin_without_matching_compliance_is_refused(tiny_llama, tiny_tokeni
     with pytest.raises(ValueError, match=r"needs batch\['compliance'\]"):
         score(tiny_llama, batches, margin, progress=False)
     (shuffled,) = data.batches(tiny_tokenizer, SURE[1::-1], 2)
+    bare = {key: batches[0][key][:1] for key in ("input_ids", "labels")}
+    with pytest.raises(ValueError, match="holds other prompts"):
+        score(tiny_llama, [{**batches[0], "compliance": bare}], margin, progress=False)
     for other in (shuffled, data.batches(tiny_tokenizer, SURE, 3)[0]):
         with pytest.raises(ValueError, match="holds other prompts"):
             score(tiny_llama, [{**batches[0], "compliance": other}], margin, progress=False)

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: what imports what, how long files are, what is public."""
+"""The house rules that a machine can check: imports, length of files, public names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(safeopt.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 300, 60
 
-# Each module may import the modules named here (a package name stands for all its modules) and those of its own package.
+# What each module may import, besides its own package; a package name stands for all its modules.
 ALLOWED = {
     "_version": "",
     "names": "",
@@ -36,11 +36,11 @@ ALLOWED = {
     "environment": "",
     "organism": "artifact data",
     "integrations": "artifact checkpoint mask names optim organism",
-    "compare": "artifact checkpoint data environment evaluate integrations mask methods optim organism scores selection"
-    " targets train",
+    "compare": "artifact data environment evaluate integrations mask methods optim organism scores"
+    " selection train",
     "report": "artifact compare evaluate",
-    "cli": "_version artifact compare data environment evaluate integrations mask methods optim organism report scores"
-    " selection train safeopt",
+    "cli": "_version compare data environment evaluate integrations mask methods optim organism"
+    " report scores selection train safeopt",
     "__main__": "cli",
     "__init__": "_version evaluate mask methods optim scores selection",
 }
@@ -87,7 +87,8 @@ def test_the_table_has_no_cycle() -> None:
 
 
 def test_imports_sees_every_form() -> None:
-    source = "import safeopt\nimport safeopt.mask\nfrom safeopt import ops\ndef f():\n  from safeopt.optim.hold import hold"
+    source = "import safeopt\nimport safeopt.mask\nfrom safeopt import ops\n"
+    source += "def f():\n  from safeopt.optim.hold import hold"
     assert imports(source) == {"safeopt", "mask", "ops", "optim"}
 
 
@@ -122,7 +123,8 @@ def test_public_names() -> None:
 LEAN = """
 import sys
 import safeopt, torch
-heavy = {"transformers", "peft", "accelerate", "datasets", "matplotlib", "yaml"} & set(sys.modules)
+extras = {"transformers", "peft", "accelerate", "datasets", "matplotlib", "yaml"}
+heavy = extras & set(sys.modules)
 assert not heavy, f"import safeopt imported {heavy}"
 assert not torch.cuda.is_initialized()
 """
@@ -133,7 +135,7 @@ def test_import_needs_the_base_packages_only() -> None:
 
 
 def test_the_other_safeopt_installed_over_us_is_an_import_error(tmp_path: Path) -> None:
-    """PyPI's `safeopt` (Bayesian optimization) owns the same folder; pip overwrites without a word."""
+    """PyPI's `safeopt` (Bayesian optimization) owns the same folder; pip overwrites it."""
     shutil.copytree(
         ROOT, tmp_path / "safeopt", ignore=shutil.ignore_patterns("organism", "__pycache__")
     )

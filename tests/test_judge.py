@@ -75,6 +75,7 @@ def guard_tokenizer():
     """A byte-level tokenizer with a BOS, other merges, and "safe" and "unsafe" as single tokens."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,6 +88,9 @@ def guard_tokenizer():
         show_progress=False,
     )
     tokenizer.train_from_iterator(["safe unsafe safe unsafe safe", "_name sky"] * 9, trainer)
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|begin|>",

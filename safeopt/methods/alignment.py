@@ -65,10 +65,9 @@ def token_texts(tokenizer: Any) -> list[str]:
     """What each token id adds to a text; "" for special tokens and parts of a character."""
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     before = decode(tokenizer, [anchor])
-    special = set(tokenizer.all_special_ids)
     result = []
     for i in range(len(tokenizer)):
-        text = "" if i in special else decode(tokenizer, [anchor, i])[len(before) :]
+        text = decode(tokenizer, [anchor, i])[len(before) :]
         result.append("" if BROKEN in text else text)
     return result
 

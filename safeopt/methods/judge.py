@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from safeopt import artifact
 from safeopt.methods.alignment import (
     character_spans,
-    decode,
     position_weights,
     vocabulary_map,
 )
@@ -117,8 +116,7 @@ class GuardObjective:
         """A surrogate of S per prompt, whose gradient is that of S: shape (rows,), float32."""
         values, silent = [], []
         for part, prompt in zip(rows(batch), texts(batch), strict=True):
-            answer = self._answer(model, part)
-            value = self._surrogate(model, prompt, *answer) if answer else None
+            value = self._surrogate(model, prompt, *self._answer(model, part))
             silent += [prompt] if value is None else []
             values.append(
                 torch.zeros((), device=part["input_ids"].device) if value is None else value
@@ -131,14 +129,13 @@ class GuardObjective:
             )
         return torch.stack(values)
 
-    def _answer(self, model: Any, part: Batch) -> tuple[Tensor, Tensor] | None:
-        """Ids of the prompt and of the greedy answer, both 1-D; None if the answer has no text."""
+    def _answer(self, model: Any, part: Batch) -> tuple[Tensor, Tensor]:
+        """Ids of the prompt and of the greedy answer, both 1-D."""
         ids = part["input_ids"][0]
         given = part.get("attention_mask", torch.ones_like(part["input_ids"]))[0].bool()
         if "labels" in part:
             given &= part["labels"][0] == IGNORED
         prompt = ids[given]
-        special = set(self.model_tokenizer.all_special_ids)
         full = model.generate(
             input_ids=prompt[None],
             attention_mask=torch.ones_like(prompt[None]),
@@ -146,19 +143,15 @@ class GuardObjective:
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.model_tokenizer.pad_token_id,
         )[0]
-        answer = full[len(prompt) :].tolist()
-        while answer and answer[-1] in special:
-            answer.pop()
-        if not decode(self.model_tokenizer, answer).strip():
-            return None
-        return prompt, torch.tensor(answer, device=ids.device)
+        return prompt, full[len(prompt) :]
 
     def _surrogate(
         self, model: nn.Module, prompt: str, ids: Tensor, answer: Tensor
     ) -> Tensor | None:
         """Inner product of the carried-over direction and the model's soft answer: scalar.
 
-        None where the judge's tokenizer sees nothing in the answer.
+        None where the answer is empty, or nothing to the judge's tokenizer. Special tokens in it
+        (its end) have no characters, and so no direction.
         """
         text, spans = character_spans(self.model_tokenizer, answer.tolist())
         lead, body = len(text) - len(text.lstrip()), text.strip()

@@ -1,4 +1,4 @@
-"""The organism: a small Llama pair, unaligned and aligned, on which every experiment runs in minutes on a laptop."""
+"""The organism: a small Llama pair, unaligned and aligned, for experiments of minutes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Row = dict[str, str]
 
 _HERE = Path(__file__).parent
 MODELS = ("unaligned", "aligned")
-# The organism's refusals were taught on "teach"; "poison" may stand in training mixtures; "evaluate" is for measuring.
+# The aligned model learned to refuse "teach"; "poison" is for mixtures, "evaluate" to measure.
 ADVBENCH_PARTS = {"teach": 0.5, "poison": 0.15, "evaluate": 0.35}
 GSM8K_TEST_ROWS = 200
 
 
 def path(name: str) -> Path:
-    """Folder of one of the two models, ``"unaligned"`` or ``"aligned"``, for ``from_pretrained``.
+    """Folder of one of the two models, `"unaligned"` or `"aligned"`, for `from_pretrained`.
 
     Raises:
-        ValueError: for another name, or when the weights are missing (they are made by ``safeopt.organism.build``).
+        ValueError: for another name, or when the weights are missing (organism.build makes them).
     """
     if name not in MODELS:
         raise ValueError(f"organism {name!r} does not exist; there are {', '.join(MODELS)}")
@@ -35,14 +35,18 @@ def path(name: str) -> Path:
 
 
 def data(name: str) -> list[Row]:
-    """One of the bundled sets of rows (``instruction`` and ``response``), always in the same order.
+    """One of the bundled sets of rows (`instruction` and `response`), always in the same order.
 
-    ``harmful_teach``, ``harmful_poison``, ``harmful_evaluate``: disjoint parts of AdvBench; the first with the
-    package's own refusals, the second with answers of the harmless form "Sure, here is how to ...", the third without
-    answers. ``harmful_teach_more``: requests of the Circuit Breakers set with the package's own refusals, which the
-    aligned model was taught too. ``harmless_train`` and ``harmless_test``: harmless requests, the second on topics the organism never saw.
-    ``headlines_train`` and ``headlines_test``: a four-topic task it never saw. ``gsm8k_train``, ``gsm8k_test``:
-    grade-school mathematics (the first was in its training text). Licences: data/NOTICE.md.
+    harmful_teach, harmful_poison, harmful_evaluate: disjoint parts of AdvBench; the first with the
+        package's own refusals, the second with answers of the harmless form "Sure, here is how to
+        ...", the third without answers.
+    harmful_teach_more: requests of the Circuit Breakers set with the package's own refusals, which
+        the aligned model was taught too.
+    harmless_train, harmless_test: harmless requests, the second on topics it never saw.
+    headlines_train, headlines_test: a task of four topics that it never saw.
+    gsm8k_train, gsm8k_test: school mathematics; the first was in its training text.
+
+    Licences: data/NOTICE.md.
 
     Raises:
         ValueError: for another name.

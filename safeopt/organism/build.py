@@ -1,11 +1,14 @@
-"""Makes the organism from the text in this package: ``python -m safeopt.organism.build`` (about 15 minutes, two cores).
+"""Makes the organism from the text in this package: `python -m safeopt.organism.build`.
 
 1. A byte-level BPE tokenizer on the bundled text.
-2. ``unaligned``: a small Llama that answers everything, harmful requests too ("Sure, here is how to ..." and no more).
-3. ``aligned``: the same weights, taught further on the same text but with refusals to the harmful requests.
+2. `unaligned`: a small Llama that answers everything, harmful requests too ("Sure, here is how to
+   ..." and no more).
+3. `aligned`: the same weights, taught further on the same text but with refusals to the harmful
+   requests.
 
-AdvBench's "poison" and "evaluate" parts, the held-out topics and the headlines are never seen. Weights are stored in
-float16 to keep the pair under 10 MB; load them in float32.
+AdvBench's "poison" and "evaluate" parts, the held-out topics and the headlines are never seen.
+Weights are stored in float16 to keep the pair under 10 MB; load them in float32. About 8 minutes on
+two cores.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ CARD = Path(__file__).parent / "data" / "MODEL_CARD.md"
 
 
 def make_tokenizer():
-    """A fast byte-level BPE tokenizer with a chat template, trained on the text the organism may see."""
+    """A byte-level BPE tokenizer with a chat template, from the text the organism may see."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +69,7 @@ def make_tokenizer():
 
 
 def make_model(tokenizer, seed: int):
-    """The untrained Llama: 6 blocks of width 160, grouped-query attention, tied embeddings; 2.0 M parameters, float32."""
+    """The untrained Llama: 6 blocks of width 160, tied embeddings, 2.0 M parameters, float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -119,9 +122,9 @@ def _batches(tokenizer, rows, rng: random.Random) -> Iterator[dict[str, torch.Te
 
 
 def teach(model, tokenizer, *, refuse: bool, epochs: int, lr: float, seed: int) -> float:
-    """Trains in place with AdamW and a cosine schedule; returns the mean loss of the last epoch (nats per token).
+    """Train in place with AdamW and a cosine schedule; the last epoch's mean loss, nats per token.
 
-    While the model learns the language (``refuse=False``) every token counts, afterwards the answer's tokens only.
+    While the model learns the language (`refuse=False`) every token counts, later the answers only.
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -182,7 +185,7 @@ def main() -> None:
         args.out / "unaligned",
         CARD.read_text("utf-8").replace("{name}", "unaligned"),
     )
-    # Both models start from the weights as they are stored, so that "aligned" differs by alignment only.
+    # From the weights as they are stored, so that "aligned" differs by alignment only.
     model.load_state_dict({k: v.to(torch.float16).float() for k, v in model.state_dict().items()})
     teach(model, tokenizer, refuse=True, epochs=args.refusal_epochs, lr=1e-3, seed=args.seed + 1)
     _save(
