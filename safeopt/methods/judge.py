@@ -134,7 +134,7 @@ class GuardObjective:
         ids = part["input_ids"][0]
         given = part.get("attention_mask", torch.ones_like(part["input_ids"]))[0].bool()
         if "labels" in part:
-            given &= part["labels"][0] == IGNORED
+            given = given & (part["labels"][0] == IGNORED)
         prompt = ids[given]
         full = model.generate(
             input_ids=prompt[None],
