@@ -84,3 +84,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -
     make_llama(vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Any:
+    """A lower-casing WordPiece tokenizer: see judge_tokenizers."""
+    from judge_tokenizers import make_word_tokenizer
+
+    return make_word_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def guard_tokenizer() -> Any:
+    """A byte-level tokenizer with a verdict: see judge_tokenizers."""
+    from judge_tokenizers import make_guard_tokenizer
+
+    return make_guard_tokenizer()

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import make_llama
-from test_scores import MOE, OldMixture, make_moe
+from test_targets import MOE, OldMixture, make_moe
 from torch import nn
 
 from safeopt import data

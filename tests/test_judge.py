@@ -5,42 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import SENTENCES, make_llama
+from judge_tokenizers import SAFE, UNSAFE
 
 from safeopt import data
 from safeopt.methods import ESI, GuardObjective
-from safeopt.methods.alignment import character_spans, position_weights, token_texts, vocabulary_map
-from safeopt.methods.verdict import Judge
+from safeopt.methods.judge import Judge
+from safeopt.methods.token_match import character_spans, position_weights, token_texts
 from safeopt.scores import score
 from safeopt.selection import overlap, select
 
 ROWS = [{"instruction": text} for text in (SENTENCES[0], SENTENCES[2], SENTENCES[5])]
-SAFE = ["I cannot help.", "I am sorry, but no.", "No, I cannot help with that request."]
-UNSAFE = ["Sure, here is how to bake bread.", "The sky is blue.", "Sure, the answer is: sports."]
-GUARD_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
-    "{% endfor %}{% if add_generation_prompt %}<|verdict|>{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def word_tokenizer():
-    """A lower-casing WordPiece tokenizer with [CLS] and [SEP]: unlike the model's in every way."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=190, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([*SENTENCES, *SAFE, *UNSAFE], trainer)
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 @pytest.fixture(scope="module")
@@ -70,36 +44,6 @@ def classifier(word_tokenizer):
     return model
 
 
-@pytest.fixture(scope="module")
-def guard_tokenizer():
-    """A byte-level tokenizer with a BOS, other merges, and "safe" and "unsafe" as single tokens."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|begin|>", "<|user|>", "<|assistant|>", "<|verdict|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=280,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["safe unsafe safe unsafe safe", "_name sky"] * 9, trainer)
-    tokenizer.post_processor = TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|begin|>",
-        pad_token="<|pad|>",
-        chat_template=GUARD_TEMPLATE,
-        extra_special_tokens=special[2:],
-    )
-
-
 @pytest.fixture
 def guard(guard_tokenizer):
     return make_llama(len(guard_tokenizer), seed=3)
@@ -113,50 +57,6 @@ def objective(classifier, word_tokenizer, tiny_tokenizer):
 @pytest.fixture
 def batches(tiny_tokenizer):
     return data.batches(tiny_tokenizer, ROWS, 2)
-
-
-def test_characters_of_tokens_cover_the_text_once(tiny_tokenizer):
-    """Also where one character is several byte tokens: only the last of them has it."""
-    text = "Sure: naïve 山 and the sky_name"
-    ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
-    decoded, spans = character_spans(tiny_tokenizer, ids)
-    assert decoded == text and len(spans) == len(ids)
-    assert [text[a:b] for a, b in spans if a < b] and "".join(text[a:b] for a, b in spans) == text
-    owner = next(i for i, (a, b) in enumerate(spans) if a <= text.index("山") < b)
-    assert spans[owner - 1][0] == spans[owner - 1][1]
-
-
-def test_equal_tokens_align_one_to_one_and_others_by_their_characters():
-    spans = [(0, 2), (2, 2), (2, 5), (5, 6)]
-    assert torch.equal(position_weights(spans, spans), torch.diag(torch.tensor([1.0, 0, 1, 1])))
-    weights = position_weights([(0, 2), (2, 6)], [(0, 1), (1, 5), (5, 6)])
-    torch.testing.assert_close(weights, torch.tensor([[1, 0.25, 0], [0, 0.75, 1]]))
-    assert position_weights(spans, []).shape == (4, 0)
-
-
-def test_token_texts_are_what_the_tokenizer_decodes(tiny_tokenizer, word_tokenizer):
-    """Slip 6: an ASCII underscore is no space, newlines are decoded, WordPiece marks are read."""
-    texts = token_texts(tiny_tokenizer)
-    vocabulary = tiny_tokenizer.get_vocab()
-    assert texts[vocabulary["_"]] == "_" and texts[vocabulary["\u0120"]] == " "
-    assert texts[vocabulary["\u010a"]] == "\n"
-    assert texts[tiny_tokenizer.eos_token_id] == ""
-    pieces = {text for text in token_texts(word_tokenizer) if text}
-    assert any(text[0] == " " for text in pieces) and any(text[0].isalpha() for text in pieces)
-    assert not any("#" in text for text in pieces)
-
-
-def test_vocabularies_map_by_text(tiny_tokenizer, guard_tokenizer):
-    equal = vocabulary_map(tiny_tokenizer, tiny_tokenizer)
-    assert torch.equal(equal, torch.arange(len(tiny_tokenizer)))
-    found = vocabulary_map(guard_tokenizer, tiny_tokenizer).tolist()
-    mine, theirs = token_texts(tiny_tokenizer), token_texts(guard_tokenizer)
-    for i, text in enumerate(theirs):
-        if not text:
-            assert found[i] == -1
-            continue
-        starts = [t for t in mine if t and text.startswith(t)]
-        assert mine[found[i]] == max(starts, key=len)
 
 
 def test_soft_gradient_is_the_gradient_of_the_rating(classifier, word_tokenizer):

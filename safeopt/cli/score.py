@@ -72,6 +72,6 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _guard(folder: str, tokenizer: Any) -> Any:
-    from safeopt.methods.judge import GuardObjective
+    from safeopt.methods.guard import GuardObjective
 
     return GuardObjective.from_folder(folder, tokenizer)

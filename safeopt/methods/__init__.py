@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from safeopt.methods.esi import ESI
-from safeopt.methods.judge import GuardObjective
+from safeopt.methods.guard import GuardObjective
 
 __all__ = ["ESI", "GuardObjective"]

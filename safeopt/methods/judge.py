@@ -1,190 +1,170 @@
-"""The published objective of ESI: a judge model rates what the model itself answers.
-
-An answer is text, so no gradient flows from judge to model. Instead: (1) the model answers
-greedily; (2) the judge reads the answer as soft one-hot tokens, and d S / d (soft tokens) says
-which token, at which place, would look safer; (3) that direction is carried over to the model's
-vocabulary and positions; (4) the model's logits, through a Gumbel softmax, are pushed along it.
-arXiv 2604.08297; steps after the authors' code, see `GuardObjective`.
-"""
+"""A judge: how safe a model says an answer is, and which other tokens would have looked safer."""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from safeopt import artifact
-from safeopt.methods.alignment import (
-    character_spans,
-    position_weights,
-    vocabulary_map,
-)
-from safeopt.methods.verdict import Judge, load_judge
-from safeopt.scores import IGNORED, Batch, rows, texts
+from safeopt.methods.token_match import Span
+
+ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}answer\N{OBJECT REPLACEMENT CHARACTER}"  # in no real text
+HARD = -17.0  # logit of every other token in the published soft input, 0 at the token itself
 
 
-class GuardObjective:
-    """An objective for `ESI`: how safe a judge finds the model's greedy answers; higher = safer.
+class Judge:
+    """A frozen judge model and what it reads; the arguments are those of `GuardObjective`.
 
-    S is the judge's log-odds of its "safe" label or token against the others. Only prompts are used
-    of a batch, not responses. Prompts whose answer is empty are missing, with a warning.
-
-    Args:
-        judge: any Hugging Face sequence classifier, or causal guard model whose next token is the
-            verdict. Frozen and set to evaluation mode, here and for good.
-        tokenizer: the judge's; must be a fast one (character offsets).
-        model_tokenizer: the tokenizer of the model to be scored.
-        safe: label name or index of a classifier; the verdict word of a guard (one token).
-        unsafe: a guard's other verdict word; a classifier's other labels are known.
-        template: what the judge reads, with {response} and maybe {prompt}. None is the judge's chat
-            template (prompt as user, answer as assistant), or without one "{prompt}\\n{response}".
-        draws: Gumbel draws per prompt, averaged. Compare seeds with `safeopt.selection.overlap`.
-        seed: of the Gumbel noise, which depends on seed and prompt, not on batches or device.
-        temperature: of the Gumbel softmax; 0.3 as published.
-        max_new_tokens: longest answer, in tokens; 256 as published.
-        compat: the published form of S: the answer alone in the user slot, the raw logit of "safe",
-            and the gradient with respect to the logits of a nearly hard softmax (-17) in place of
-            the soft one-hot itself. The slips below stay mended.
-
-    Raises:
-        ValueError: a slow tokenizer, an unknown label, a verdict that is not one token, a template
-            without {response}.
-
-    Differs from the authors' code (first public commit, b5786f5) in:
-        freezing: the judge keeps no gradients of its own;
-        ids: "safe" and the template come from tokenizer and config, theirs are fixed numbers;
-        positions: tokens of judge and model meet by character offsets, theirs by index, off by BOS;
-        vocabulary: tokens are decoded to text by their own tokenizer, theirs reads "_" as a space;
-            the emitted token is carried over exactly, theirs through the table;
-        length: the last answer token counts, theirs is dropped;
-        sign: S = +safe at every step;
-        template: the system text is that of the batches, theirs "You are a helpful assistant.".
+    The template is filled with the answer, and tokenised once, as a whole; the answer's tokens are
+    found by character offsets. So special tokens stand where the judge's own template has them.
     """
 
     def __init__(
         self,
-        judge: nn.Module,
+        model: Any,
         tokenizer: Any,
-        model_tokenizer: Any,
         *,
-        safe: str | int = "safe",
-        unsafe: str | int = "unsafe",
-        template: str | None = None,
-        draws: int = 1,
-        seed: int = 0,
-        temperature: float = 0.3,
-        max_new_tokens: int = 256,
-        compat: bool = False,
+        safe: str | int,
+        unsafe: str | int,
+        template: str | None,
+        compat: bool,
     ) -> None:
-        if draws < 1 or temperature <= 0 or max_new_tokens < 1:
+        if not tokenizer.is_fast:
             raise ValueError(
-                f"draws={draws}, temperature={temperature}, max_new_tokens={max_new_tokens}; all"
-                " three must be positive"
+                "the judge's tokenizer has no character offsets (it is a slow one); load a fast one"
             )
-        self.judge = Judge(
-            judge, tokenizer, safe=safe, unsafe=unsafe, template=template, compat=compat
+        if template is not None and "{response}" not in template:
+            raise ValueError(f"template is {template!r}; it must contain {{response}}")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.template, self.compat = tokenizer, template, compat
+        self.classifies = model.get_output_embeddings() is None
+        if self.classifies:
+            self.safe, self.others = _labels(model, safe)
+        else:
+            self.safe, self.others = _token(tokenizer, safe), [_token(tokenizer, unsafe)]
+
+    def rate(self, prompt: str, answer: str) -> Tensor:
+        """S of an answer: scalar, float32, in logits; higher = safer."""
+        ids, _, _ = self._read(prompt, answer)
+        return self._safety(self.model.get_input_embeddings()(ids[None]))
+
+    def gradient(self, prompt: str, answer: str) -> tuple[Tensor, Tensor, list[Span]]:
+        """How S changes with every token of the answer.
+
+        Returns:
+            dS / d(soft token), float32 of shape (tokens, embedding rows); the tokens' ids, int64;
+            and the characters of the answer that each token covers.
+        """
+        ids, slots, spans = self._read(prompt, answer)
+        embeddings = self.model.get_input_embeddings()
+        # Through the module, as some models scale embeddings in its forward.
+        table = embeddings(torch.arange(embeddings.num_embeddings, device=ids.device)).detach()
+        hard = nn.functional.one_hot(ids[slots], len(table)).float()
+        leaf = (HARD * (1 - hard) if self.compat else hard).requires_grad_()
+        soft = leaf.softmax(-1) if self.compat else leaf
+        embedded = table[ids].index_copy(0, slots, soft.to(table.dtype) @ table)
+        (gradient,) = torch.autograd.grad(self._safety(embedded[None]), leaf)
+        return gradient, ids[slots], spans
+
+    def _safety(self, embedded: Tensor) -> Tensor:
+        mask = torch.ones(embedded.shape[:2], dtype=torch.int64, device=embedded.device)
+        logits = self.model(inputs_embeds=embedded, attention_mask=mask).logits[0].float()
+        verdict = logits if self.classifies else logits[-1]
+        if self.compat or not self.others:
+            return verdict[self.safe]
+        return verdict[self.safe] - verdict[self.others].logsumexp(0)
+
+    def _read(self, prompt: str, answer: str) -> tuple[Tensor, Tensor, list[Span]]:
+        """Ids of what the judge reads, where in it the answer's tokens are, their characters."""
+        before, after, bare = self._frame(prompt)
+        encoded = self.tokenizer(
+            before + answer + after, add_special_tokens=not bare, return_offsets_mapping=True
         )
-        self.model_tokenizer = model_tokenizer
-        self.draws, self.seed, self.temperature = draws, seed, temperature
-        self.max_new_tokens = max_new_tokens
-        self._to_model = vocabulary_map(tokenizer, model_tokenizer)
-
-    @classmethod
-    def from_folder(
-        cls, folder: str | PathLike[str], model_tokenizer: Any, **settings: Any
-    ) -> GuardObjective:
-        """Load the judge from a local Hugging Face folder; `settings` are those of the class.
-
-        Raises:
-            ValueError: no such folder, or neither a sequence classifier nor a causal model in it.
-        """
-        return cls(*load_judge(folder), model_tokenizer, **settings)
-
-    def arguments(self) -> dict[str, Any]:
-        """The settings, and the judge's fingerprint, as JSON values."""
-        plain = ("draws", "seed", "temperature", "max_new_tokens")
-        own = {name: getattr(self, name) for name in plain}
-        judged = ("template", "compat", "safe", "others")
-        read = {name: getattr(self.judge, name) for name in judged}
-        return {"name": "guard", "judge": artifact.fingerprint(self.judge.model), **own, **read}
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """A surrogate of S per prompt, whose gradient is that of S: shape (rows,), float32."""
-        values, silent = [], []
-        for part, prompt in zip(rows(batch), texts(batch), strict=True):
-            value = self._surrogate(model, prompt, *self._answer(model, part))
-            silent += [prompt] if value is None else []
-            values.append(
-                torch.zeros((), device=part["input_ids"].device) if value is None else value
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        limit = getattr(self.model.config, "max_position_embeddings", None) or len(ids)
+        if len(ids) > limit:
+            raise ValueError(
+                f"the judge reads {limit} tokens at most, and {len(ids)} are needed for the prompt"
+                f" {prompt!r} and its answer; lower max_new_tokens, or leave the prompt out"
             )
-        if silent:
-            warnings.warn(
-                f"{len(silent)} of {len(values)} prompts got an empty answer and count for nothing,"
-                f" the first of them {silent[0]!r}",
-                stacklevel=2,
+        slots, spans = [], []
+        # Byte tokens of one character all have its offsets; as in character_spans, the last counts.
+        for i, (here, further) in enumerate(zip(offsets, [*offsets[1:], None], strict=True)):
+            start, stop = max(here[0] - len(before), 0), min(here[1] - len(before), len(answer))
+            if start < stop and here != further:
+                slots.append(i)
+                spans.append((start, stop))
+        place = next(self.model.parameters()).device
+        where = torch.tensor(slots, dtype=torch.int64, device=place)
+        return torch.tensor(ids, device=place), where, spans
+
+    def _frame(self, prompt: str) -> tuple[str, str, bool]:
+        """The text before and after the answer, and whether it holds its special tokens already."""
+        chat = self.template is None and bool(self.tokenizer.chat_template)
+        if chat:
+            talk = [("user", prompt), ("assistant", ANSWER)]
+            text = self.tokenizer.apply_chat_template(
+                [
+                    {"role": role, "content": content}
+                    for role, content in ([("user", ANSWER)] if self.compat else talk)
+                ],
+                tokenize=False,
+                add_generation_prompt=not self.classifies,
             )
-        return torch.stack(values)
+        else:
+            text = self.template or ("{response}" if self.compat else "{prompt}\n{response}")
+            text = text.replace("{response}", ANSWER).replace("{prompt}", prompt)
+        before, *rest = text.split(ANSWER)
+        if len(rest) != 1:
+            raise ValueError(
+                f"the judge's template shows the answer {len(rest)} times, and must show it once;"
+                " pass template='...{prompt}...{response}...'"
+            )
+        return before, rest[0], chat
 
-    def _answer(self, model: Any, part: Batch) -> tuple[Tensor, Tensor]:
-        """Ids of the prompt and of the greedy answer, both 1-D."""
-        ids = part["input_ids"][0]
-        given = part.get("attention_mask", torch.ones_like(part["input_ids"]))[0].bool()
-        if "labels" in part:
-            given = given & (part["labels"][0] == IGNORED)
-        prompt = ids[given]
-        full = model.generate(
-            input_ids=prompt[None],
-            attention_mask=torch.ones_like(prompt[None]),
-            do_sample=False,
-            max_new_tokens=self.max_new_tokens,
-            pad_token_id=self.model_tokenizer.pad_token_id,
-        )[0]
-        return prompt, full[len(prompt) :]
 
-    def _surrogate(
-        self, model: nn.Module, prompt: str, ids: Tensor, answer: Tensor
-    ) -> Tensor | None:
-        """Inner product of the carried-over direction and the model's soft answer: scalar.
+def load_judge(folder: str | PathLike[str]) -> tuple[Any, Any]:
+    """The model and tokenizer of a local Hugging Face folder that holds a judge.
 
-        None where the answer is empty, or nothing to the judge's tokenizer. Special tokens in it
-        (its end) have no characters, and so no direction.
-        """
-        text, spans = character_spans(self.model_tokenizer, answer.tolist())
-        lead, body = len(text) - len(text.lstrip()), text.strip()
-        mine = [(max(start - lead, 0), max(stop - lead, 0)) for start, stop in spans]
-        gradient, read, theirs = self.judge.gradient(prompt, body)
-        if not theirs:
-            return None
-        logits = model(torch.cat([ids, answer])[None]).logits[0, len(ids) - 1 : -1].float()
-        weights = position_weights(mine, theirs)
-        direction = self._carry(gradient, read, answer, weights, logits.shape[1])
-        direction = direction.to(logits.device)
-        salt = hashlib.sha256(f"{self.seed}:{prompt}".encode()).digest()[:7]
-        generator = torch.Generator().manual_seed(int.from_bytes(salt, "big"))
-        total = torch.zeros((), device=logits.device)
-        for _ in range(self.draws):
-            noise = torch.empty(logits.shape).exponential_(generator=generator).log().neg()
-            soft = ((logits + noise.to(logits.device)) / self.temperature).softmax(-1)
-            total = total + (direction * soft).sum()
-        return total / self.draws
+    Raises:
+        ValueError: no such folder, or neither a sequence classifier nor a causal model in it.
+    """
+    import transformers as hf
 
-    def _carry(
-        self, gradient: Tensor, theirs: Tensor, mine: Tensor, weights: Tensor, size: int
-    ) -> Tensor:
-        """The gradient over judge tokens as one over model tokens: float32 (len(mine), size).
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json; give a local Hugging Face model folder")
+    local = {"local_files_only": True, "trust_remote_code": False}
+    kinds = {
+        "ForSequenceClassification": hf.AutoModelForSequenceClassification,
+        "ForCausalLM": hf.AutoModelForCausalLM,
+    }
+    architectures = hf.AutoConfig.from_pretrained(folder, **local).architectures or []
+    for ending, loader in kinds.items():
+        if any(name.endswith(ending) for name in architectures):
+            model = loader.from_pretrained(folder, dtype="auto", **local)
+            return model, hf.AutoTokenizer.from_pretrained(folder, **local)
+    raise ValueError(f"{folder} holds {architectures}; a judge is one of {tuple(kinds)}")
 
-        The column of a token that was emitted goes to the token the model emitted there; every
-        other column to the model token that begins its text, or nowhere.
-        """
-        weights, mine = weights.to(gradient.device), mine.to(gradient.device)
-        emitted = gradient.gather(1, theirs[:, None])
-        others = gradient.scatter(1, theirs[:, None], 0.0)[:, : len(self._to_model)]
-        target = self._to_model[: others.shape[1]].to(gradient.device)
-        known = (target >= 0) & (target < size)
-        mapped = gradient.new_zeros(len(gradient), size)
-        mapped.index_add_(1, target[known], others[:, known])
-        return (weights @ mapped).scatter_add(1, mine[:, None], weights @ emitted)
+
+def _labels(model: Any, safe: str | int) -> tuple[int, list[int]]:
+    """Index of a classifier's safe label, and those of all others."""
+    labels = {int(i): str(label) for i, label in model.config.id2label.items()}
+    found = [i for i, label in labels.items() if safe == i or str(safe).lower() == label.lower()]
+    if len(found) != 1:
+        raise ValueError(f"safe is {safe!r}; the judge's labels are {labels}: give one of them")
+    return found[0], [i for i in labels if i != found[0]]
+
+
+def _token(tokenizer: Any, word: str | int) -> int:
+    if isinstance(word, int):
+        return word
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(
+            f"the verdict {word!r} is {len(ids)} tokens for the judge's tokenizer; it must be one,"
+            " such as the first token of the judge's answer"
+        )
+    return int(ids[0])
