@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import SENTENCES, make_llama
 from judge_tokenizers import SAFE, UNSAFE
 
 from safeopt import data
+from safeopt.cli import main
 from safeopt.methods import ESI, GuardObjective
 from safeopt.methods.judge import Judge
 from safeopt.methods.token_match import character_spans, position_weights, token_texts
-from safeopt.scores import score
+from safeopt.scores import Scores, score
 from safeopt.selection import overlap, select
 
 ROWS = [{"instruction": text} for text in (SENTENCES[0], SENTENCES[2], SENTENCES[5])]
@@ -245,6 +248,20 @@ def test_a_judge_comes_from_a_folder(kind, request, tmp_path, tiny_llama, tiny_t
     scores = score(tiny_llama, batches, ESI(objective=loaded), progress=False)
     assert scores.provenance["arguments"]["objective"]["name"] == "guard"
     assert str(tmp_path) not in str(scores.provenance)
+
+
+def test_the_command_scores_with_a_judge(classifier, word_tokenizer, tiny_folder, tmp_path, capsys):
+    classifier.save_pretrained(tmp_path / "judge")
+    word_tokenizer.save_pretrained(tmp_path / "judge")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    common = ["score", str(tiny_folder), "--refusals", str(tmp_path / "rows.jsonl")]
+    common += ["--objective", "guard", "--out", str(tmp_path / "scores.safetensors")]
+    judge = ["--judge", str(tmp_path / "judge")]
+    assert main([*common, *judge, "--safe", "nice"]) == 2
+    assert "the judge's labels are {0: 'toxic', 1: 'SAFE'}" in capsys.readouterr().err
+    assert main([*common, *judge, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["arguments"]["objective"]["name"] == "guard"
+    assert Scores.load(tmp_path / "scores.safetensors").count() > 0
 
 
 def test_folders_that_hold_no_judge_are_refused(tmp_path, tiny_tokenizer):

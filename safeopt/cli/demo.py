@@ -14,7 +14,8 @@ EXAMPLE = "  safeopt demo --out safeopt-demo"
 RESUME = "run the same command again: finished runs are kept and not run again"
 
 ARMS = ["adamw", "spa:0.1", "spa-random:0.1"]
-SETTINGS = Settings(steps=100, eval_every=25, lr=1e-3, eval_batch_size=128)
+SEEDS = [0, 1]
+SETTINGS = Settings(steps=150, eval_every=25, lr=5e-4, eval_batch_size=128, max_new_tokens=12)
 TASK_ROWS = 600  # of which 10 % are replaced by poison
 EVALUATED = 100  # prompts of each set, so that evaluation does not take longer than training
 
@@ -39,5 +40,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         harmless=data("harmless_test")[:EVALUATED],
         test=data("headlines_test")[:EVALUATED],
     )
-    results = compare("organism:aligned", sets, ARMS, [0], args.out, SETTINGS, command=args.line)
+    results = compare("organism:aligned", sets, ARMS, SEEDS, args.out, SETTINGS, command=args.line)
     return report_of(results, args.out)

@@ -30,6 +30,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge", metavar="FOLDER", help="classifier or guard model, for --objective guard"
     )
+    parser.add_argument(
+        "--safe", default="safe", help="the judge's safe label or verdict word (default: safe)"
+    )
+    parser.add_argument(
+        "--unsafe", default="unsafe", help="a guard's other verdict word (default: unsafe)"
+    )
     add_number(parser, "batch-size", 8, "prompts at a time")
     add_number(parser, "max-length", 256, "tokens of prompt and response")
     parser.add_argument(
@@ -51,7 +57,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = load_rows(args.refusals, ("instruction",) if args.judge else WITH_RESPONSE)
     model, tokenizer = load_model(args.model)
     model.to(pick_device(args.device))
-    objective = _guard(args.judge, tokenizer) if args.judge else args.objective
+    objective: Any = args.objective
+    if args.judge:
+        from safeopt.methods.guard import GuardObjective
+
+        objective = GuardObjective.from_folder(
+            args.judge, tokenizer, safe=args.safe, unsafe=args.unsafe
+        )
     batches = scoring_batches(
         tokenizer, rows, args.objective, batch_size=args.batch_size, max_length=args.max_length
     )
@@ -69,9 +81,3 @@ def text(result: dict[str, Any]) -> str:
     """What was scored and where it is."""
     weights = f"{result['weights']:,} weights in {result['tensors']} tensors"
     return f"{weights} scored on {result['n']} prompts: {result['out']}"
-
-
-def _guard(folder: str, tokenizer: Any) -> Any:
-    from safeopt.methods.guard import GuardObjective
-
-    return GuardObjective.from_folder(folder, tokenizer)
