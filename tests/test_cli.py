@@ -283,5 +283,5 @@ def test_demo_goes_the_whole_way(
     monkeypatch.setattr(demo, "EVALUATED", 3)
     code, out, err = call(capsys, "demo", "--out", tmp_path / "demo")
     assert code == 0, err
-    assert out.strip().splitlines()[-1].startswith("After 2 steps of poison:0.1 training, ")
-    assert len(list((tmp_path / "demo" / "runs").iterdir())) == len(demo.ARMS)
+    assert out.strip().splitlines()[-1].startswith("After 2 steps of clean training, ")
+    assert len(list((tmp_path / "demo" / "runs").iterdir())) == len(demo.ARMS) * len(demo.SEEDS)

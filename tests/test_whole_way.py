@@ -15,7 +15,7 @@ import pytest
 from safeopt import organism
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run(*command: str, cwd: Path) -> str:

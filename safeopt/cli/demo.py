@@ -15,8 +15,7 @@ RESUME = "run the same command again: finished runs are kept and not run again"
 
 ARMS = ["adamw", "spa:0.1", "spa-random:0.1"]
 SEEDS = [0, 1]
-SETTINGS = Settings(steps=150, eval_every=25, lr=5e-4, eval_batch_size=128, max_new_tokens=12)
-TASK_ROWS = 600  # of which 10 % are replaced by poison
+SETTINGS = Settings(steps=150, eval_every=25, lr=1e-3, eval_batch_size=128, max_new_tokens=12)
 EVALUATED = 100  # prompts of each set, so that evaluation does not take longer than training
 
 
@@ -28,14 +27,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Poisoned fine-tuning of the aligned organism, and the report."""
+    """Fine-tuning of the aligned organism on harmless headlines, and the report."""
     from safeopt.organism import data
 
     sets = Sets(
-        scenario=Scenario("poison", 0.1),
+        scenario=Scenario("clean"),
         identify=data("harmful_teach"),
-        task=data("headlines_train")[:TASK_ROWS],
-        poison=data("harmful_poison"),
+        task=data("headlines_train"),
         harmful={"advbench": data("harmful_evaluate")[:EVALUATED]},
         harmless=data("harmless_test")[:EVALUATED],
         test=data("headlines_test")[:EVALUATED],
