@@ -66,23 +66,16 @@ def _shuffled(context: Context, fraction: float) -> SafetyMask:
     return _top(context, fraction).shuffle(context.seed)
 
 
-def _freeze(pick: Pick) -> Callable[[Context, float], Plan]:
+def _masked(argument: str, pick: Pick) -> Callable[[Context, float], Plan]:
+    """SafeAdamW with the picked mask for ``argument``, ``"freeze"`` (SPA) or ``"train"`` (SET)."""
+
     def make(context: Context, fraction: float) -> Plan:
         mask = pick(context, fraction)
         named = context.model.named_parameters()
+        decay = context.weight_decay
         return Plan(
-            SafeAdamW(named, context.lr, weight_decay=context.weight_decay, freeze=mask), mask
-        )
-
-    return make
-
-
-def _train(pick: Pick) -> Callable[[Context, float], Plan]:
-    def make(context: Context, fraction: float) -> Plan:
-        mask = pick(context, fraction)
-        named = context.model.named_parameters()
-        return Plan(
-            SafeAdamW(named, context.lr, weight_decay=context.weight_decay, train=mask), mask
+            SafeAdamW(named, context.lr, weight_decay=decay, **{argument: mask}),  # type: ignore[arg-type]
+            mask,
         )
 
     return make
@@ -97,14 +90,20 @@ def _adamw(context: Context, factor: float) -> Plan:
 ARMS: dict[str, Kind] = {
     "adamw": Kind("all weights, torch's AdamW: the baseline", _adamw, takes=""),
     "adamw-lr": Kind("the same at VALUE times the learning rate", _adamw, takes="factor"),
-    "spa": Kind("freeze the top VALUE of the scored weights", _freeze(_top)),
-    "spa-random": Kind("freeze as many at random over the model", _freeze(_random), control=True),
-    "spa-shuffle": Kind(
-        "freeze as many at random in each tensor", _freeze(_shuffled), control=True
+    "spa": Kind("freeze the top VALUE of the scored weights", _masked("freeze", _top)),
+    "spa-random": Kind(
+        "freeze as many at random over the model", _masked("freeze", _random), control=True
     ),
-    "set": Kind("train only the top VALUE of the scored weights", _train(_top)),
-    "set-random": Kind("train as many at random over the model", _train(_random), control=True),
-    "set-shuffle": Kind("train as many at random in each tensor", _train(_shuffled), control=True),
+    "spa-shuffle": Kind(
+        "freeze as many at random in each tensor", _masked("freeze", _shuffled), control=True
+    ),
+    "set": Kind("train only the top VALUE of the scored weights", _masked("train", _top)),
+    "set-random": Kind(
+        "train as many at random over the model", _masked("train", _random), control=True
+    ),
+    "set-shuffle": Kind(
+        "train as many at random in each tensor", _masked("train", _shuffled), control=True
+    ),
 }
 
 
