@@ -40,13 +40,13 @@ def text(result: dict[str, Any]) -> str:
         "torch-safeopt again"
     )
     lines = [
-        f"safeopt      {result['safeopt']} from {result['folder']}",
-        f"name clash   {clash if result['name_clash'] else 'none'}",
-        *(f"{key:<12} {value}" for key, value in result["machine"].items()),
-        f"gpus         {', '.join(result['gpus']) or 'none'}",
-        *(f"kernel {device:<5} {kernel}" for device, kernel in result["kernels"].items()),
+        f"safeopt       {result['safeopt']} from {result['folder']}",
+        f"name clash    {clash if result['name_clash'] else 'none'}",
+        *(f"{key:<13} {value}" for key, value in result["machine"].items()),
+        f"gpus          {', '.join(result['gpus']) or 'none'}",
+        *(f"kernel {device:<6} {kernel}" for device, kernel in result["kernels"].items()),
         *(
-            f"{name:<13}{version or 'not installed'}"
+            f"{name:<13} {version or 'not installed'}"
             for name, version in result["versions"].items()
         ),
     ]
