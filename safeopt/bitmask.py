@@ -122,7 +122,7 @@ class BitMask:
     def to_bool(self, device: torch.device | str | None = None) -> Tensor:
         """The mask as a bool tensor of the ruled tensor's shape, on `device` or where it is."""
         bits = self.bits if device is None else self.bits.to(device)
-        units = _unpack(bits, self.nbits).view(1, self.nbits, 1)
+        units = unpack(bits, self.nbits).view(1, self.nbits, 1)
         repeats = self.numel // (self.span * self.nbits)
         return units.expand(repeats, self.nbits, self.span).reshape(self.shape).contiguous()
 
@@ -208,7 +208,7 @@ def _pack_on_device(flat: Tensor) -> Tensor:
     return bits
 
 
-def _unpack(bits: Tensor, nbits: int) -> Tensor:
+def unpack(bits: Tensor, nbits: int) -> Tensor:
     """uint8 (ceil(nbits / 8),) -> bool (nbits,)."""
     if bits.device.type == "cpu":
         flat = np.unpackbits(bits.numpy(), count=nbits, bitorder="little")

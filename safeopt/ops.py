@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from safeopt.bitmask import _unpack
+from safeopt.bitmask import unpack
 
 SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -34,7 +34,7 @@ def live_elements(
     the byte) and is live where that bit equals `live_bit`. `offset` is the place of the first
     element in the whole tensor, for flat shards; 0 for a whole tensor.
     """
-    units = _unpack(bits, nbits)
+    units = unpack(bits, nbits)
     if not live_bit:
         units = ~units
     period = units if span == 1 else units[:, None].expand(-1, span).reshape(-1)
