@@ -1,0 +1,74 @@
+// One element's AdamW step, for the CPU walker and the CUDA walker. F is float or double.
+#pragma once
+
+#ifdef __CUDACC__
+#include <math.h>
+#else
+#include <cmath>
+#endif
+
+#include "number.h"
+
+namespace safeopt {
+namespace {
+
+// The numbers of a step that are the same for every element of a tensor.
+template <class F>
+struct Step {
+  F decay;           // 1 - lr * weight_decay
+  F weight1, beta1;  // 1 - beta1
+  F weight2, beta2;  // 1 - beta2
+  F size;            // lr / (1 - beta1^t)
+  F correction2;     // 1 / sqrt(1 - beta2^t)
+  F eps;
+  F unscale;  // of the gradients: 1 / the scaler's factor, negative to maximize
+  F pull;     // anchor_strength if coupled, lr * anchor_strength if decoupled
+  bool decoupled;
+};
+
+// All in one place, so that host and device derive them alike, in double.
+template <class F>
+SAFEOPT_HD Step<F> step_of(double t, double lr, double beta1, double beta2, double weight_decay,
+                           double eps, bool maximize, double scale, double strength,
+                           bool decoupled) {
+  return {F(1 - lr * weight_decay),
+          F(1 - beta1),
+          F(beta1),
+          F(1 - beta2),
+          F(beta2),
+          F(lr / (1 - pow(beta1, t))),
+          F(1 / sqrt(1 - pow(beta2, t))),
+          F(eps),
+          F((maximize ? -1 : 1) / scale),
+          F(decoupled ? lr * strength : strength),
+          decoupled};
+}
+
+// Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2; with AMSGRAD, Reddi et al. 2018
+// (arXiv 1904.09237). With ANCHOR, each element is pulled towards `anchor` with strength
+// pull * share: through the gradient (coupled), or beside the weight decay (decoupled), where no
+// step goes past the anchor.
+template <bool AMSGRAD, bool ANCHOR, class F>
+SAFEOPT_HD void adamw(F& p, F g, F& m, F& v, F& v_max, F anchor, F share, const Step<F>& s) {
+  g *= s.unscale;
+  F moved = p * s.decay;
+  if (ANCHOR) {
+    F pull = s.pull * share;
+    if (s.decoupled) {
+      moved -= (pull < F(1) ? pull : F(1)) * (moved - anchor);
+    } else {
+      g += pull * (p - anchor);
+    }
+  }
+  m += s.weight1 * (g - m);
+  v = s.beta2 * v + s.weight2 * g * g;
+  F second = v;
+  if (AMSGRAD) {
+    v_max = v > v_max || v != v ? v : v_max;
+    second = v_max;
+  }
+  p = moved - s.size * m / (sqrt(second) * s.correction2 + s.eps);
+}
+
+}  // namespace
+}  // namespace safeopt

@@ -1,0 +1,67 @@
+// The bit rule: element i is ruled by bit ((i + offset) / span) % nbits, little-endian in the byte.
+#pragma once
+
+#include "number.h"
+
+namespace safeopt {
+namespace {
+
+// Elements per entry of the directory `starts`: starts[b] live elements come before element
+// b * kBlock. The compact state of block b begins there.
+constexpr int64_t kBlock = 1024;
+
+struct Rule {
+  const uint8_t* bits;
+  int64_t span, nbits, offset;
+  bool live_bit;
+};
+
+SAFEOPT_HD bool live(const Rule& rule, int64_t i) {
+  int64_t bit = ((i + rule.offset) / rule.span) % rule.nbits;
+  return bool(rule.bits[bit >> 3] >> (bit & 7) & 1) == rule.live_bit;
+}
+
+// The n <= 64 bits from `first` on, not reading beyond the byte that holds bit first + n - 1.
+SAFEOPT_HD uint64_t bits_at(const uint8_t* bits, int64_t first, int n) {
+  const uint8_t* from = bits + (first >> 3);
+  int shift = int(first & 7), bytes = (shift + n + 7) >> 3;
+  uint64_t word = 0;
+#ifndef __CUDA_ARCH__
+  if (bytes >= 8) {
+    memcpy(&word, from, 8);  // hosts and devices torch runs on are little-endian
+  } else
+#endif
+    for (int k = 0; k < bytes && k < 8; ++k) word |= uint64_t(from[k]) << (8 * k);
+  word >>= shift;
+  if (bytes == 9) word |= uint64_t(from[8]) << (64 - shift);
+  return n == 64 ? word : word & ((uint64_t(1) << n) - 1);
+}
+
+// Bit k is set where element i + k is live, for the n <= 64 elements from i on.
+SAFEOPT_HD uint64_t live_word(const Rule& rule, int64_t i, int n) {
+  uint64_t word = 0;
+  int64_t at = i + rule.offset;
+  int done = 0;
+  while (done < n) {
+    int64_t unit = at / rule.span % rule.nbits;
+    int take;
+    uint64_t piece;
+    if (rule.span == 1) {  // up to the end of the period
+      take = int(rule.nbits - unit < n - done ? rule.nbits - unit : n - done);
+      piece = bits_at(rule.bits, unit, take);
+    } else {  // up to the end of the unit
+      int64_t left = rule.span - at % rule.span;
+      take = int(left < n - done ? left : n - done);
+      bool set = rule.bits[unit >> 3] >> (unit & 7) & 1;
+      piece = !set ? 0 : take == 64 ? ~uint64_t(0) : (uint64_t(1) << take) - 1;
+    }
+    word |= piece << done;
+    done += take;
+    at += take;
+  }
+  if (!rule.live_bit) word = ~word;
+  return n == 64 ? word : word & ((uint64_t(1) << n) - 1);
+}
+
+}  // namespace
+}  // namespace safeopt

@@ -1,0 +1,10 @@
+"""The ops `torch.ops.safeopt.*`: schemas, fakes, plain-torch kernels, and the compiled library.
+
+Each op has a plain-torch kernel that runs anywhere. The compiled library, where it is built, takes
+its place for CPU and CUDA tensors by registering with the dispatcher; nothing that calls an op
+knows which kernel runs.
+"""
+
+from safeopt.ops.adamw import live_elements, live_indices, masked_adamw_
+
+__all__ = ["live_elements", "live_indices", "masked_adamw_"]
