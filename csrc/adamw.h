@@ -10,7 +10,6 @@
 #include "number.h"
 
 namespace safeopt {
-namespace {
 
 // The numbers of a step that are the same for every element of a tensor.
 template <class F>
@@ -23,14 +22,20 @@ struct Step {
   F eps;
   F unscale;  // of the gradients: 1 / the scaler's factor, negative to maximize
   F pull;     // anchor_strength if coupled, lr * anchor_strength if decoupled
-  bool decoupled;
 };
+
+// How an element is drawn to its anchor: not at all, through the gradient, or beside the decay.
+enum class Pull : int32_t { none, coupled, decoupled };
+
+namespace {
+
+SAFEOPT_HD float root(float x) { return sqrtf(x); }
+SAFEOPT_HD double root(double x) { return sqrt(x); }
 
 // All in one place, so that host and device derive them alike, in double.
 template <class F>
 SAFEOPT_HD Step<F> step_of(double t, double lr, double beta1, double beta2, double weight_decay,
-                           double eps, bool maximize, double scale, double strength,
-                           bool decoupled) {
+                           double eps, bool maximize, double scale, double strength, Pull pull) {
   return {F(1 - lr * weight_decay),
           F(1 - beta1),
           F(beta1),
@@ -40,21 +45,19 @@ SAFEOPT_HD Step<F> step_of(double t, double lr, double beta1, double beta2, doub
           F(1 / sqrt(1 - pow(beta2, t))),
           F(eps),
           F((maximize ? -1 : 1) / scale),
-          F(decoupled ? lr * strength : strength),
-          decoupled};
+          F(pull == Pull::decoupled ? lr * strength : strength)};
 }
 
 // Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2; with AMSGRAD, Reddi et al. 2018
-// (arXiv 1904.09237). With ANCHOR, each element is pulled towards `anchor` with strength
-// pull * share: through the gradient (coupled), or beside the weight decay (decoupled), where no
-// step goes past the anchor.
-template <bool AMSGRAD, bool ANCHOR, class F>
+// (arXiv 1904.09237). With PULL each element is drawn to `anchor` with strength pull * share; where
+// that is decoupled, no step goes past the anchor.
+template <bool AMSGRAD, Pull PULL, class F>
 SAFEOPT_HD void adamw(F& p, F g, F& m, F& v, F& v_max, F anchor, F share, const Step<F>& s) {
   g *= s.unscale;
   F moved = p * s.decay;
-  if (ANCHOR) {
+  if (PULL != Pull::none) {
     F pull = s.pull * share;
-    if (s.decoupled) {
+    if (PULL == Pull::decoupled) {
       moved -= (pull < F(1) ? pull : F(1)) * (moved - anchor);
     } else {
       g += pull * (p - anchor);
@@ -67,7 +70,7 @@ SAFEOPT_HD void adamw(F& p, F g, F& m, F& v, F& v_max, F anchor, F share, const 
     v_max = v > v_max || v != v ? v : v_max;
     second = v_max;
   }
-  p = moved - s.size * m / (sqrt(second) * s.correction2 + s.eps);
+  p = moved - s.size * m / (root(second) * s.correction2 + s.eps);
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include "number.h"
 
 namespace safeopt {
-namespace {
 
 // Elements per entry of the directory `starts`: starts[b] live elements come before element
 // b * kBlock. The compact state of block b begins there.
@@ -15,6 +14,8 @@ struct Rule {
   int64_t span, nbits, offset;
   bool live_bit;
 };
+
+namespace {
 
 SAFEOPT_HD bool live(const Rule& rule, int64_t i) {
   int64_t bit = ((i + rule.offset) / rule.span) % rule.nbits;
@@ -37,30 +38,50 @@ SAFEOPT_HD uint64_t bits_at(const uint8_t* bits, int64_t first, int n) {
   return n == 64 ? word : word & ((uint64_t(1) << n) - 1);
 }
 
-// Bit k is set where element i + k is live, for the n <= 64 elements from i on.
-SAFEOPT_HD uint64_t live_word(const Rule& rule, int64_t i, int n) {
+// Bit k is set where element i + k is live, for the n <= 64 elements from i on. `unit` is the unit
+// of element i, if the caller knows it.
+SAFEOPT_HD uint64_t live_word(const Rule& rule, int64_t i, int n, int64_t unit) {
   uint64_t word = 0;
-  int64_t at = i + rule.offset;
+  int64_t within = rule.span == 1 ? 0 : (i + rule.offset) % rule.span;
   int done = 0;
   while (done < n) {
-    int64_t unit = at / rule.span % rule.nbits;
     int take;
     uint64_t piece;
     if (rule.span == 1) {  // up to the end of the period
       take = int(rule.nbits - unit < n - done ? rule.nbits - unit : n - done);
       piece = bits_at(rule.bits, unit, take);
+      unit += take;
     } else {  // up to the end of the unit
-      int64_t left = rule.span - at % rule.span;
-      take = int(left < n - done ? left : n - done);
+      take = int(rule.span - within < n - done ? rule.span - within : n - done);
       bool set = rule.bits[unit >> 3] >> (unit & 7) & 1;
       piece = !set ? 0 : take == 64 ? ~uint64_t(0) : (uint64_t(1) << take) - 1;
+      within = 0;
+      ++unit;
     }
+    if (unit >= rule.nbits) unit = 0;
     word |= piece << done;
     done += take;
-    at += take;
   }
   if (!rule.live_bit) word = ~word;
   return n == 64 ? word : word & ((uint64_t(1) << n) - 1);
+}
+
+SAFEOPT_HD uint64_t live_word(const Rule& rule, int64_t i, int n) {
+  return live_word(rule, i, n, (i + rule.offset) / rule.span % rule.nbits);
+}
+
+// The words of a whole block of n <= kBlock elements; divides once.
+SAFEOPT_HD void live_words(const Rule& rule, int64_t i, int n, uint64_t* words) {
+  int64_t at = i + rule.offset, unit = at / rule.span % rule.nbits;
+  for (int k = 0; k < n; k += 64) {
+    words[k / 64] = live_word(rule, i + k, n - k < 64 ? n - k : 64, unit);
+    if (rule.span == 1) {
+      unit += 64;
+      while (unit >= rule.nbits) unit -= rule.nbits;
+    } else {
+      unit = (at + k + 64) / rule.span % rule.nbits;
+    }
+  }
 }
 
 }  // namespace

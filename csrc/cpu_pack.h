@@ -1,0 +1,213 @@
+// Live elements of a block, from the tensor into a dense buffer of the arithmetic's type and back.
+//
+// A block has n <= kBlock elements; `words` holds its live bits. Buffers have room for kPad elements
+// more than a block, which may be overwritten.
+#pragma once
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "cpu.h"
+
+namespace safeopt {
+namespace {
+
+constexpr int kPad = 16;
+constexpr int kSparse = 6;  // live elements in a word up to which they are met one by one
+
+template <class F, class T>
+inline void convert(const T* __restrict from, F* __restrict to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
+template <class T, class F>
+inline void convert_back(const F* __restrict from, T* __restrict to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(from[i]);
+}
+
+// Calls run(place, length) for each run of set bits.
+template <class Run>
+inline void for_runs(uint64_t word, Run run) {
+  while (word) {
+    int place = __builtin_ctzll(word);
+    uint64_t rest = ~(word >> place);
+    int length = rest ? __builtin_ctzll(rest) : 64;
+    run(place, length);
+    if (place + length >= 64) return;
+    word &= ~uint64_t(0) << (place + length);
+  }
+}
+
+#ifdef __AVX512F__
+inline __m512 load16(const float* from, __mmask16 live) { return _mm512_maskz_loadu_ps(live, from); }
+inline __m512 load16(const bf16* from, __mmask16 live) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline __m512 load16(const f16* from, __mmask16 live) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, from));
+}
+inline void store16(float* to, __mmask16 live, __m512 x) { _mm512_mask_storeu_ps(to, live, x); }
+inline void store16(bf16* to, __mmask16 live, __m512 x) {
+  __m512i u = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), one);
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  _mm256_mask_storeu_epi16(to, live, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+inline void store16(f16* to, __mmask16 live, __m512 x) {
+  __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_mask_storeu_epi16(to, live, half);
+}
+
+// The dense cases of a word: 16 lanes at a time, squeezed together or spread out in a register.
+template <class T>
+inline int gather_word(const T* from, uint64_t word, float* to) {
+  int n = 0;
+  for (int k = 0; k < 64; k += 16) {
+    __mmask16 live = __mmask16(word >> k);
+    _mm512_storeu_ps(to + n, _mm512_maskz_compress_ps(live, load16(from + k, live)));
+    n += __builtin_popcount(live);
+  }
+  return n;
+}
+inline int gather_word(const double* from, uint64_t word, double* to) {
+  int n = 0;
+  for (int k = 0; k < 64; k += 8) {
+    __mmask8 live = __mmask8(word >> k);
+    __m512d x = _mm512_maskz_loadu_pd(live, from + k);
+    _mm512_storeu_pd(to + n, _mm512_maskz_compress_pd(live, x));
+    n += __builtin_popcount(live);
+  }
+  return n;
+}
+template <class T>
+inline int scatter_word(const float* from, uint64_t word, T* to) {
+  int n = 0;
+  for (int k = 0; k < 64; k += 16) {
+    __mmask16 live = __mmask16(word >> k);
+    store16(to + k, live, _mm512_maskz_expand_ps(live, _mm512_loadu_ps(from + n)));
+    n += __builtin_popcount(live);
+  }
+  return n;
+}
+inline int scatter_word(const double* from, uint64_t word, double* to) {
+  int n = 0;
+  for (int k = 0; k < 64; k += 8) {
+    __mmask8 live = __mmask8(word >> k);
+    _mm512_mask_storeu_pd(to + k, live, _mm512_maskz_expand_pd(live, _mm512_loadu_pd(from + n)));
+    n += __builtin_popcount(live);
+  }
+  return n;
+}
+constexpr bool kWide = true;
+#else
+constexpr bool kWide = false;
+template <class T, class F>
+inline int gather_word(const T*, uint64_t, F*) { return 0; }
+template <class T, class F>
+inline int scatter_word(const F*, uint64_t, T*) { return 0; }
+#endif
+
+template <class F, class T>
+constexpr bool wide() {
+  return kWide && (sizeof(F) == 4 || sizeof(T) == 8);
+}
+
+template <class T, class F>
+inline void gather_words(const T* from, const uint64_t* words, int n, F* to) {
+  for (int k = 0; k < n; k += 64, from += 64) {
+    uint64_t word = words[k / 64];
+    if constexpr (wide<F, T>()) {
+      if (__builtin_popcountll(word) > kSparse) {
+        to += gather_word(from, word, to);
+        continue;
+      }
+    }
+    for_runs(word, [&](int place, int length) {
+      for (int j = 0; j < length; ++j) *to++ = widen(from[place + j]);
+    });
+  }
+}
+
+template <class T, class F>
+inline void scatter_words(const F* from, const uint64_t* words, int n, T* to) {
+  for (int k = 0; k < n; k += 64, to += 64) {
+    uint64_t word = words[k / 64];
+    if constexpr (wide<F, T>()) {
+      if (__builtin_popcountll(word) > kSparse) {
+        from += scatter_word(from, word, to);
+        continue;
+      }
+    }
+    for_runs(word, [&](int place, int length) {
+      for (int j = 0; j < length; ++j) to[place + j] = narrow<T>(*from++);
+    });
+  }
+}
+
+// The live ones of the n elements from `place` on (all, if words is null), in F: a pointer into the
+// tensor itself where they lie there as they are needed, else `buffer`.
+template <class F, class T>
+inline F* gather_as(const T* from, const uint64_t* words, int64_t n, F* buffer) {
+  if (words) {
+    gather_words(from, words, int(n), buffer);
+  } else if constexpr (sizeof(F) == sizeof(T)) {
+    return const_cast<F*>(from);
+  } else {
+    convert(from, buffer, n);
+  }
+  return buffer;
+}
+
+template <class F>
+inline F* gather(const void* from, Dtype type, int64_t place, const uint64_t* words, int64_t n,
+                 F* buffer) {
+  switch (type) {
+    case Dtype::f64:
+      // double into float: only an anchor of a smaller parameter
+      if constexpr (sizeof(F) == 8) {
+        return gather_as(static_cast<const double*>(from) + place, words, n, buffer);
+      } else {
+        return nullptr;  // refused by the checks in cpu.cpp
+      }
+    case Dtype::f32:
+      return gather_as(static_cast<const float*>(from) + place, words, n, buffer);
+    case Dtype::bf16:
+      return gather_as(static_cast<const bf16*>(from) + place, words, n, buffer);
+    default:
+      return gather_as(static_cast<const f16*>(from) + place, words, n, buffer);
+  }
+}
+
+template <class T, class F>
+inline void scatter_as(const F* from, const uint64_t* words, int64_t n, T* to) {
+  if (words) {
+    scatter_words(from, words, int(n), to);
+  } else {
+    convert_back(from, to, n);
+  }
+}
+
+template <class F>
+inline void scatter(const F* from, void* to, Dtype type, int64_t place, const uint64_t* words,
+                    int64_t n) {
+  switch (type) {
+    case Dtype::f64:
+      if constexpr (sizeof(F) == 8) scatter_as(from, words, n, static_cast<double*>(to) + place);
+      return;
+    case Dtype::f32:
+      if constexpr (sizeof(F) == 4) scatter_as(from, words, n, static_cast<float*>(to) + place);
+      return;
+    case Dtype::bf16:
+      if constexpr (sizeof(F) == 4) scatter_as(from, words, n, static_cast<bf16*>(to) + place);
+      return;
+    default:
+      if constexpr (sizeof(F) == 4) scatter_as(from, words, n, static_cast<f16*>(to) + place);
+  }
+}
+
+}  // namespace
+}  // namespace safeopt
