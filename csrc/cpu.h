@@ -29,6 +29,14 @@ struct CpuKernels {
   const char* isa;
   // The step of the blocks first .. end - 1 (kBlock elements each).
   void (*adamw)(const AdamwTensor& tensor, int64_t first, int64_t end);
+  // Scoring: see cpu_score.h.
+  bool (*accumulate)(float* total, const void* gradient, Dtype type, bool absolute, int64_t n);
+  void (*histogram)(int64_t* counts, const int32_t* keys, int64_t n, int shift, int width,
+                    int32_t prefix, bool reverse);
+  int64_t (*select_above)(uint8_t* bits, const int32_t* keys, int64_t n, int32_t threshold,
+                          bool reverse);
+  void (*select_ties)(uint8_t* bits, const int32_t* keys, int64_t n, int32_t threshold,
+                      bool reverse, int64_t ties);
 };
 
 extern const CpuKernels cpu_base, cpu_avx2, cpu_avx512;

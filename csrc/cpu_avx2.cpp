@@ -7,8 +7,10 @@
 #include <immintrin.h>
 #pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt")
 #include "cpu_adamw.h"
+#include "cpu_score.h"
 
 namespace safeopt {
-const CpuKernels cpu_avx2 = {"avx2", adamw_blocks};
+const CpuKernels cpu_avx2 = {"avx2",    adamw_blocks, accumulate_values,
+                               histogram, select_above, select_ties};
 }
 #endif

@@ -26,7 +26,9 @@ def arguments(mask: BitMask, dtype: torch.dtype, amsgrad: bool, live_bit: bool =
     count = mask.count() if live_bit else mask.numel - mask.count()
     moments = [torch.zeros(count, dtype=dtype) for _ in range(3)]
     lists = [[p.clone()], [g], [moments[0]], [moments[1]], [moments[2]] if amsgrad else []]
-    rule = [[mask.bits], [mask.span], [mask.nbits], [0], live_bit]
+    rule = (mask.bits, mask.span, mask.nbits, 0)
+    starts = ops.live_starts(mask.numel, *rule, live_bit)
+    rule = [[mask.bits], [starts], [mask.span], [mask.nbits], [0], [], [], live_bit]
     return (*lists, [torch.tensor(0.0)], *rule), {**OPTIONS, "amsgrad": amsgrad, "maximize": False}
 
 

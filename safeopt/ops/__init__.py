@@ -6,5 +6,6 @@ knows which kernel runs.
 """
 
 from safeopt.ops.adamw import live_elements, live_indices, masked_adamw_
+from safeopt.ops.directory import live_starts
 
-__all__ = ["live_elements", "live_indices", "masked_adamw_"]
+__all__ = ["live_elements", "live_indices", "live_starts", "masked_adamw_"]

@@ -1,13 +1,13 @@
 """Masked AdamW as a torch op: its schema, its fake, and the plain-torch kernel.
 
-The op is `torch.ops.safeopt.masked_adamw_`. A compiled kernel takes the place of the default one
-by registering for its device; nothing that calls the op changes. The AdamW formula itself is not
-written here: the default kernel hands the live elements to torch's own functional Adam.
+The AdamW formula itself is not written here: the plain-torch kernel hands the live elements to
+torch's own functional Adam. The compiled kernels have it in csrc/adamw.h.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,15 @@ from torch.optim.adam import adam
 
 from safeopt.bitmask import unpack
 
+NAMES = ("safeopt::masked_adamw_", "safeopt::masked_adamw_.tensor_lr")
 SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] bits, int[] spans, int[] nbits, "
-    "int[] offsets, bool live_bit, *, float lr, float beta1, float beta2, float weight_decay, "
-    "float eps, bool amsgrad, bool maximize, bool? foreach=None, bool capturable=False, "
-    "bool? fused=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] bits, Tensor[] starts, "
+    "int[] spans, int[] nbits, int[] offsets, Tensor[] anchors, Tensor[] shares, bool live_bit, "
+    "*, {lr} lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad, "
+    "bool maximize, float anchor_strength=0.0, bool anchor_decoupled=False, bool? foreach=None, "
+    "bool capturable=False, bool? fused=None, Tensor? grad_scale=None, Tensor? found_inf=None)"
+    " -> ()"
 )
 
 
@@ -60,79 +63,99 @@ def masked_adamw_(
     max_exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     bits: Sequence[Tensor],
+    starts: Sequence[Tensor],
     spans: Sequence[int],
     nbits: Sequence[int],
     offsets: Sequence[int],
+    anchors: Sequence[Tensor],
+    shares: Sequence[Tensor],
     live_bit: bool,
     *,
     lr: float | Tensor,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
     weight_decay: float,
-    eps: float,
-    amsgrad: bool,
     maximize: bool,
-    foreach: bool | None = None,
-    capturable: bool = False,
-    differentiable: bool = False,
-    fused: bool | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    anchor_strength: float = 0.0,
+    anchor_decoupled: bool = False,
+    **adam_options: Any,
 ) -> None:
     """One AdamW step on the live elements of each tensor; the other elements are not written.
 
     Reference and fallback of the op `safeopt::masked_adamw_`, which takes the same arguments
-    except `differentiable`, and float `lr`, `beta1`, `beta2` only. Call both under
-    `torch.no_grad()`, unless `differentiable`.
+    except `differentiable`, and betas as floats only. Call both under `torch.no_grad()`, unless
+    `differentiable`.
 
     `params` and `grads` have equal shapes and any layout. Gradients are left as they are, also
-    where torch's fused kernel would unscale them in place. The moments are compact: 1-D, one value
-    per live element in row-major order, dtype of the parameter; `max_exp_avg_sqs` is empty unless
-    `amsgrad`. `steps` are 0-d counts. `bits`, `spans`, `nbits`, `offsets`: one bit rule per tensor,
-    see `live_elements`. The rest is as for `torch.optim.adam.adam`, which does the arithmetic.
+    where torch's fused kernel would unscale them in place. The moments are compact: one value per
+    live element in row-major order, in the dtype of the parameter or, for lower precision, in
+    float32, in which the arithmetic is then done; `max_exp_avg_sqs` is empty unless `amsgrad`.
+    `steps` are 0-d counts. `bits`, `spans`, `nbits`, `offsets`: one bit rule per tensor, see
+    `live_elements`; `starts`: see `safeopt.ops.live_starts` (compiled kernels find the state of a
+    block by it; this one does not read it).
+
+    `anchors` (empty, or one tensor of the parameter's shape each, of any floating dtype no wider
+    than the parameter's) pull: with k = anchor_strength and s the element's entry in `shares`
+    (float32; empty means 1), coupled adds k s (p - anchor) to the gradient; decoupled takes
+    min(1, lr k s) (p - anchor) off the weight after weight decay, so that no step goes past the
+    anchor. The rest is as for `torch.optim.adam.adam`, which does the arithmetic.
     """
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         live = live_elements(p.numel(), bits[i], spans[i], nbits[i], offsets[i], live_bit)
         where = live_indices(live, exp_avgs[i].numel())
         del live
-        flat = p.reshape(-1)
-        moving = flat.index_select(0, where)
+
+        def picked(tensor: Tensor, where: Tensor = where, dtype=exp_avgs[i].dtype) -> Tensor:
+            return tensor.reshape(-1).index_select(0, where).to(dtype)
+
+        moving, gradient = picked(p), picked(g)
+        decay = weight_decay
+        if anchors and anchor_strength:
+            share = picked(shares[i]) if shares else 1.0
+            if anchor_decoupled:
+                moving.mul_(1 - lr * weight_decay)
+                decay = 0.0
+                pull = torch.as_tensor(lr * anchor_strength * share).clamp(max=1)
+                moving.sub_(pull * (moving - picked(anchors[i])))
+            else:
+                gradient = _pulled(gradient, moving - picked(anchors[i]), share, maximize,
+                                   anchor_strength, adam_options.get("grad_scale"))  # fmt: skip
         adam(
             [moving],
-            [g.reshape(-1).index_select(0, where)],
-            [exp_avgs[i]],
-            [exp_avg_sqs[i]],
-            [max_exp_avg_sqs[i]] if amsgrad else [],
+            [gradient],
+            [exp_avgs[i].view(-1)],
+            [exp_avg_sqs[i].view(-1)],
+            [max_exp_avg_sqs[i].view(-1)] if adam_options["amsgrad"] else [],
             [steps[i]],
-            has_complex=p.is_complex(),
             decoupled_weight_decay=True,
             lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=amsgrad,
+            weight_decay=decay,
             maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            **adam_options,
         )
-        flat.index_copy_(0, where, moving)
+        found_inf = adam_options.get("found_inf")
+        if found_inf is not None:  # `adam` has skipped the step; so must the decoupled pull
+            moving = torch.where(found_inf.bool(), picked(p), moving)
+        flat = p.reshape(-1)
+        flat.index_copy_(0, where, moving.to(p.dtype))
         if not p.is_contiguous():
             p.copy_(flat.view(p.shape))
 
 
-torch.library.define("safeopt::masked_adamw_", SCHEMA)
+def _pulled(
+    gradient: Tensor, drift: Tensor, share: Tensor | float, maximize: bool, strength: float,
+    scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The gradient with the pull in it, in the scale and sign in which `adam` will read it."""
+    pull = drift * share * (-strength if maximize else strength)
+    return gradient + (pull if scale is None else pull * scale)
 
 
-@torch.library.register_fake("safeopt::masked_adamw_")
-def _fake(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, bits, spans, nbits, offsets,
-          live_bit, **_options):  # fmt: skip
-    for values in (grads, exp_avgs, exp_avg_sqs, steps, bits, spans, nbits, offsets):
+def _fake(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, bits, starts, spans, nbits,
+          offsets, anchors, shares, live_bit, **_options):  # fmt: skip
+    for values in (grads, exp_avgs, exp_avg_sqs, steps, bits, starts, spans, nbits, offsets):
         torch._check(len(values) == len(params), lambda: "one entry per parameter is needed")
 
 
-torch.library.impl("safeopt::masked_adamw_", "default", masked_adamw_)
+for _name, _lr in zip(NAMES, ("float", "Tensor"), strict=True):
+    torch.library.define(_name, SCHEMA.format(lr=_lr))
+    torch.library.register_fake(_name, _fake)
+    torch.library.impl(_name, "default", masked_adamw_)

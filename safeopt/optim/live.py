@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeopt import ops
 from safeopt.mask import SafetyMask
 from safeopt.names import canonical, require
 
@@ -28,6 +29,7 @@ class LiveSet:
         self._mask = mask
         self._selected = {name: bits.count() for name, bits in mask.items()}
         self._bits: dict[tuple[str, torch.device], Tensor] = {}
+        self._starts: dict[tuple[str, torch.device, bool], Tensor] = {}
         if not any(self._selected.values()):
             effect = "nothing will train" if self.live_bit else "nothing is protected"
             warnings.warn(f"the {argument}= mask selects no weight: {effect}", stacklevel=4)
@@ -52,7 +54,7 @@ class LiveSet:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bits": {}}
+        return {**self.__dict__, "_bits": {}, "_starts": {}}
 
     def count(self, name: str, param: Tensor) -> int:
         """Number of live elements of a parameter.
@@ -77,6 +79,22 @@ class LiveSet:
         if (name, device) not in self._bits:
             self._bits[name, device] = mask.bits.to(device)
         return self._bits[name, device], mask.span, mask.nbits, 0, self.live_bit
+
+    def columns(self, name: str, param: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
+        """(bits, starts, span, nbits, offset) of a masked parameter, as the op takes them.
+
+        A complex parameter counts as the real one of twice its elements.
+        """
+        device = param.device
+        bits, span, nbits, offset, live_bit = self.rule(name, device)
+        parts = 2 if param.is_complex() else 1
+        key = (name, device, parts == 2)
+        if key not in self._starts:
+            # From the mask's own bits: they are on the CPU, where the counting is done.
+            counted = (self._mask[name].bits, parts * span, nbits, parts * offset, live_bit)
+            starts = ops.live_starts(parts * param.numel(), *counted)
+            self._starts[key] = starts.to(device)
+        return bits, self._starts[key], parts * span, nbits, parts * offset
 
     def members(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
         """(canonical name, parameter, live elements) of each parameter of a group, in order.

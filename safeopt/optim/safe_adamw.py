@@ -116,28 +116,18 @@ class SafeAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            exp_avgs: list[Tensor] = []
-            exp_avg_sqs: list[Tensor] = []
-            max_exp_avg_sqs: list[Tensor] = []
-            steps: list[Tensor] = []
-            lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-            has_complex = self._init_group(group, *lists)
+            whole: list[list[Any]] = [[] for _ in range(6)]
+            partly: list[list[Any]] = [[] for _ in range(11)]
+            has_complex = self._init_group(group, *whole, *partly)
+            options = self._options(group)
             adam(
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                max_exp_avg_sqs,
-                steps,
+                *whole,
                 has_complex=has_complex,
                 differentiable=group["differentiable"],
                 decoupled_weight_decay=True,
-                **self._options(group),
+                **options,
             )
-            if self._live is not None:
-                self._step_partly_live(group, self._live)
+            self._step_partly_live(partly, group["differentiable"], options)
         return loss
 
     def mask_grads_(self) -> None:
@@ -188,12 +178,27 @@ class SafeAdamW(torch.optim.AdamW):
         self._live.check_group(group)
         return self._live.digest(group)
 
-    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        """Torch's own collecting of parameters and state, for the wholly live parameters."""
-        if self._live is None:
-            return super()._init_group(group, *lists)
-        whole = [p for _, p, count in self._live.members(group) if count == p.numel()]
-        return super()._init_group({**group, "params": whole}, *lists)
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        """Collect what a step needs: six lists for wholly live parameters, as torch does, and the
+        eleven columns of the op for partly live ones. Not traced by torch.compile.
+        """
+        live, whole, partly = self._live, lists[:6], lists[6:]
+        if live is None:
+            return super()._init_group(group, *whole)
+        members = list(live.members(group))
+        for name, p, count in members:
+            if p.grad is None or not 0 < count < p.numel():
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError("sparse gradients are not supported; use dense embeddings")
+            state = self._compact_state(group, p, count)
+            moments = [state.get(key) for key in MOMENTS]
+            row = [p, p.grad, *moments, state["step"], *live.columns(name, p)]
+            for column, value in zip(partly, row, strict=True):
+                if value is not None:
+                    column.append(value)
+        wholly = [p for _, p, count in members if count == p.numel()]
+        return super()._init_group({**group, "params": wholly}, *whole)
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
@@ -212,28 +217,28 @@ class SafeAdamW(torch.optim.AdamW):
             "found_inf": getattr(self, "found_inf", None),
         }
 
-    @torch._disable_dynamo
-    def _step_partly_live(self, group: dict[str, Any], live: LiveSet) -> None:
-        columns: list[list[Any]] = [[] for _ in range(10)]
-        for name, p, count in live.members(group):
-            if p.grad is None or not 0 < count < p.numel():
-                continue
-            if p.grad.is_sparse:
-                raise RuntimeError("sparse gradients are not supported; use dense embeddings")
-            state = self._compact_state(group, p, count)
-            moments = [state.get(key) for key in MOMENTS]
-            row = [p, p.grad, *moments, state["step"], *live.rule(name, p.device)[:4]]
-            for column, value in zip(columns, row, strict=True):
-                if value is not None:
-                    column.append(value)
-        options = self._options(group)
-        kernel: Callable[..., None] = torch.ops.safeopt.masked_adamw_
-        tensors = any(isinstance(options[key], Tensor) for key in ("lr", "beta1", "beta2"))
-        if tensors or group["differentiable"]:
-            # The op takes floats only, and has no autograd.
-            kernel = partial(ops.masked_adamw_, differentiable=group["differentiable"])
-        if columns[0]:
-            kernel(*columns, live.live_bit, **options)
+    def _step_partly_live(
+        self, columns: list[list[Any]], differentiable: bool, options: dict[str, Any]
+    ) -> None:
+        if self._live is None or not columns[0]:
+            return
+        # By name: a call of the bare op would turn a tensor lr into a float.
+        op = torch.ops.safeopt.masked_adamw_
+        kernel: Callable[..., None] = (
+            op.tensor_lr if isinstance(options["lr"], Tensor) else op.default
+        )
+        if differentiable or isinstance(options["beta1"], Tensor):
+            # The op has no autograd, and takes betas as floats only.
+            kernel = partial(ops.masked_adamw_, differentiable=differentiable)
+        for device in dict.fromkeys(p.device for p in columns[0]):
+            here = [i for i, p in enumerate(columns[0]) if p.device == device]
+            rows = [[column[i] for i in here] if column else [] for column in columns]
+            parameters = rows[0]
+            for k in range(5):
+                rows[k] = [torch.view_as_real(t) if t.is_complex() else t for t in rows[k]]
+            kernel(*rows, [], [], self._live.live_bit, **options)
+            if not torch.compiler.is_compiling():  # compiled graphs see to it themselves
+                torch.autograd.graph.increment_version(parameters)
 
     def _compact_state(self, group: dict[str, Any], p: Tensor, count: int) -> dict[str, Tensor]:
         state = self.state[p]
