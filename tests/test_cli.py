@@ -264,7 +264,8 @@ def test_missing_config_is_named(parsed: Any) -> None:
 def test_env_tells_what_a_report_of_a_fault_needs(capsys: pytest.CaptureFixture[str]) -> None:
     found = result(capsys, "env")
     assert found["versions"]["torch"]
-    assert found["kernels"]["CPU"] in ("plain torch", "compiled")
+    assert found["kernels"]["CPU"]["kernel"] in ("plain torch", "compiled")
+    assert all(kernel["why"] for kernel in found["kernels"].values())
     assert Path(found["folder"]).name == "safeopt"
     assert found["name_clash"] is False
     assert "torch" in call(capsys, "env")[1]

@@ -10,6 +10,7 @@ import torch
 
 import safeopt
 from safeopt.environment import machine, versions
+from safeopt.ops.library import status
 
 EXAMPLE = "  safeopt env --json"
 
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "name_clash": (folder / "gp_opt.py").exists(),
         "machine": machine(),
         "gpus": gpus,
-        "kernels": {device: _kernel(device) for device in ("CPU", "CUDA")},
+        "kernels": status(),
         "versions": versions(),
     }
 
@@ -44,15 +45,13 @@ def text(result: dict[str, Any]) -> str:
         f"name clash    {clash if result['name_clash'] else 'none'}",
         *(f"{key:<13} {value}" for key, value in result["machine"].items()),
         f"gpus          {', '.join(result['gpus']) or 'none'}",
-        *(f"kernel {device:<6} {kernel}" for device, kernel in result["kernels"].items()),
+        *(
+            f"kernel {device:<6} {found['kernel']}: {found['why']}"
+            for device, found in result["kernels"].items()
+        ),
         *(
             f"{name:<13} {version or 'not installed'}"
             for name, version in result["versions"].items()
         ),
     ]
     return "\n".join(lines)
-
-
-def _kernel(device: str) -> str:
-    compiled = torch._C._dispatch_has_kernel_for_dispatch_key("safeopt::masked_adamw_", device)
-    return "compiled" if compiled else "plain torch"

@@ -7,5 +7,8 @@ knows which kernel runs.
 
 from safeopt.ops.adamw import live_elements, live_indices, masked_adamw_
 from safeopt.ops.directory import live_starts
+from safeopt.ops.library import load
+
+load()
 
 __all__ = ["live_elements", "live_indices", "live_starts", "masked_adamw_"]
