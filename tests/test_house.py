@@ -39,8 +39,8 @@ ALLOWED = {
     "compare": "artifact data environment evaluate integrations mask methods optim organism scores"
     " selection train",
     "report": "artifact compare evaluate",
-    "cli": "_version compare data environment evaluate integrations mask methods optim organism"
-    " report scores selection train safeopt",
+    "cli": "_version compare data environment evaluate integrations mask methods ops optim"
+    " organism report scores selection train safeopt",
     "__main__": "cli",
     "__init__": "_version evaluate mask methods optim scores selection",
 }
