@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from safeopt import artifact, names
+from safeopt import artifact, names, ops  # noqa: F401 (ops: registers torch.ops.safeopt)
 
 Batch: TypeAlias = Mapping[str, Any]
 """`input_ids`, `attention_mask`, `labels`: int64 of shape (rows, tokens); `texts`: the prompts."""
@@ -165,41 +165,54 @@ def score(
 
 
 class GradientSum:
-    """Adds `fold(gradient)` of each target to a float32 buffer, and drops the gradient at once.
+    """Adds up the gradient of each target in a float32 buffer, and drops the gradient at once.
 
     A gradient lives from the moment it is complete until its hook has run: there is one buffer of
     the model's size (`totals`), float32 whatever the model's dtype, and no full set of gradients.
+    After a FloatingPointError the totals may hold what caused it, and are of no further use.
 
     Args:
         targets: parameters by name. They are made to require gradients.
-        fold: from a gradient to what is added, of the same shape; None adds the gradient itself.
+        fold: from a float32 gradient to what is added, of the same shape; None adds the gradient.
+        absolute: add absolute values.
     """
 
     def __init__(
-        self, targets: Mapping[str, Tensor], fold: Callable[[Tensor], Tensor] | None = None
+        self,
+        targets: Mapping[str, Tensor],
+        fold: Callable[[Tensor], Tensor] | None = None,
+        *,
+        absolute: bool = False,
     ) -> None:
         self.totals: dict[str, Tensor] = {}
         self.reached: set[str] = set()
-        self._bad: list[str] = []
         self._fold = fold
+        self._absolute = absolute
         self._handles = []
-        for name, weight in targets.items():
+        # One flag per target, set on its device and read after the backward: a hook waits for none.
+        devices = {weight.device for weight in targets.values()}
+        self._bad = {
+            device: torch.zeros(len(targets), dtype=torch.int32, device=device)
+            for device in devices
+        }
+        for place, (name, weight) in enumerate(targets.items()):
             weight.requires_grad_(True)
             self.totals[name] = torch.zeros_like(
                 weight, dtype=torch.float32, memory_format=torch.contiguous_format
             )
-            hook = self._hook(name)
+            hook = self._hook(name, self._bad[weight.device][place : place + 1])
             self._handles.append(weight.register_post_accumulate_grad_hook(hook))
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
+    def _hook(self, name: str, bad: Tensor) -> Callable[[Tensor], None]:
         def add(weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
             assert gradient is not None  # autograd calls the hook after it has set .grad
-            if not torch.isfinite(gradient).all():
-                self._bad.append(name)
-                return
             self.reached.add(name)
-            self.totals[name].add_(gradient if self._fold is None else self._fold(gradient.float()))
+            if self._fold is not None:
+                gradient = self._fold(gradient.float())
+            torch.ops.safeopt.esi_accumulate_(
+                self.totals[name], gradient, bad, absolute=self._absolute
+            )
 
         return add
 
@@ -208,9 +221,13 @@ class GradientSum:
         if not torch.isfinite(value):
             raise FloatingPointError(f"the safety score is {value.item()}")
         value.backward()
-        bad, self._bad = self._bad, []
-        if bad:
-            raise FloatingPointError(f"the gradient of {bad[0]!r} is NaN or infinite")
+        places = [at for flags in self._bad.values() for at in flags.nonzero().flatten().tolist()]
+        if places:
+            for flags in self._bad.values():
+                flags.zero_()
+            # The last in the model's order is the first that backward met.
+            name = list(self.totals)[max(places)]
+            raise FloatingPointError(f"the gradient of {name!r} is NaN or infinite")
 
     def close(self) -> None:
         """Remove the hooks."""

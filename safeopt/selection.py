@@ -1,29 +1,30 @@
 """select: from scores to a mask, by the exact k-th score, found without sorting or joining tensors.
 
-Non-negative float32 numbers order like their bits read as int32. So the k-th largest comes from two
-histograms, one over the upper 16 bits and one over the lower 16 of those keys that share its upper
-half; a third pass writes the mask. Memory: the chunk in hand and one tensor's booleans.
+Non-negative float32 numbers order like their bits read as int32. So the k-th largest comes from
+three histograms, each over the next bits of those keys that share its bits so far; a fourth pass
+writes the mask. Histograms of tensors, chunks or processes add up. Memory: the mask, and what a
+plain-torch kernel needs for one chunk; the keys are the scores themselves, read as integers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from safeopt.mask import BitMask, SafetyMask
+from safeopt.ops.scoring import KEY_BITS, LARGEST
 from safeopt.scores import Scores
 
 Scope = Literal["model", "tensor", "row"]
 Order = Literal["top", "bottom", "random"]
-Keys = Callable[[Tensor], Iterator[Tensor]]
 
-CHUNK = 1 << 22  # scores in hand: smaller chunks pay torch.bincount's fixed cost too often
-LARGEST = 0x7F7FFFFF  # the bits of the largest finite float32
+CHUNK = 1 << 22  # keys in hand, where they are not the scores themselves
+WIDTHS = (11, 10, 10)  # bits per histogram: its table stays in a first-level cache
 
 
 def select(
@@ -59,9 +60,11 @@ def select(
         UserWarning: "top" had to take weights whose score is zero, or k is 0 in some tensors.
     """
     _check(fraction, scope, order)
-    scores = scores if isinstance(scores, Scores) else Scores(scores)
-    scores.check()  # again, as tensors can be changed in place
-    if not any(bool(tensor.any()) for tensor in scores.values()):
+    if isinstance(scores, Scores):
+        scores.check()  # again, as tensors can be changed in place
+    else:
+        scores = Scores(scores)
+    if _all_zero(scores):
         raise ValueError(
             "all scores are zero, so nothing can be selected by them; check that the prompts have"
             " responses and that gradients reach the scored weights"
@@ -70,9 +73,8 @@ def select(
     zeros = 0
     for group in [sorted(scores)] if scope == "model" else [[name] for name in sorted(scores)]:
         tensors = {name: scores[name] for name in group}
-        keys = {name: _keys(name, order, seed) for name in group}
         best = _best_per_row if scope == "row" else _best
-        picked, lowest = best(tensors, keys, fraction)
+        picked, lowest = best(tensors, fraction, order, seed)
         masks.update(picked)
         zeros += lowest
     counts = {name: mask.count() for name, mask in masks.items()}
@@ -108,52 +110,68 @@ def _check(fraction: float, scope: str, order: str) -> None:
             raise ValueError(f"{name} is {value!r}; it must be one of {get_args(allowed)}")
 
 
-def _keys(name: str, order: Order, seed: int) -> Keys:
-    """A reader of a (rows, columns) tensor: int32 keys, whole rows at a time, largest chosen.
-
-    Calling the reader again gives the same keys, also for "random".
-    """
-    salt = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
-
-    def read(table: Tensor) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(salt)
-        for chunk in table.split(max(1, CHUNK // table.shape[1])):
-            if order == "random":
-                drawn = torch.randint(LARGEST, chunk.shape, generator=generator, dtype=torch.int32)
-                yield drawn.to(chunk.device)
-                continue
-            bits = (chunk + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the 0.0 it equals
-            yield bits if order == "top" else LARGEST - bits
-
-    return read
+def _all_zero(scores: Scores) -> bool:
+    parts = (part for tensor in scores.values() for part in tensor.flatten().split(CHUNK))
+    return not any(bool(part.any()) for part in parts)
 
 
 def _best(
-    tensors: Mapping[str, Tensor], keys: Mapping[str, Keys], fraction: float
+    tensors: Mapping[str, Tensor], fraction: float, order: Order, seed: int
 ) -> tuple[dict[str, BitMask], int]:
     """Masks of the k largest keys over all the tensors together, and how many of the k are zero."""
+    reverse = order == "bottom"
 
     def read(name: str) -> Iterator[Tensor]:
-        return (chunk.flatten() for chunk in keys[name](tensors[name].reshape(-1, 1)))
+        tensor = tensors[name]
+        return _drawn_pieces(name, seed, tensor) if order == "random" else _pieces(tensor)
 
     k = round(fraction * sum(tensor.numel() for tensor in tensors.values()))
-    threshold, ties = _threshold(lambda: (chunk for name in tensors for chunk in read(name)), k)
-    zeros = ties if threshold == 0 else 0
+    threshold, count = _threshold(read, list(tensors), k, reverse)
+    ties = torch.tensor([count])
     masks = {}
     for name, tensor in tensors.items():
-        selected = torch.empty(tensor.numel(), dtype=torch.bool, device=tensor.device)
-        for part, chunk in zip(selected.split(CHUNK), read(name), strict=True):
-            torch.gt(chunk, threshold, out=part)
-            if ties:
-                tied = (chunk == threshold).nonzero().flatten()[:ties]
-                part[tied] = True
-                ties -= len(tied)
-        masks[name] = BitMask.from_bool(selected.view(tensor.shape))
-    return masks, zeros
+        nbits = tensor.numel()
+        bits = torch.empty((nbits + 7) // 8, dtype=torch.uint8, device=tensor.device)
+        ties = ties.to(tensor.device)
+        start = 0
+        for keys in read(name):
+            end = start + keys.numel()
+            part = bits[start // 8 : (end + 7) // 8]
+            torch.ops.safeopt.select_bits_(part, keys, ties, threshold=threshold, reverse=reverse)
+            start = end
+        masks[name] = BitMask(bits, 1, nbits, tensor.shape)
+    return masks, count if threshold == 0 else 0
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The keys of a tensor in row-major order; a multiple of 8 in every piece but the last."""
+    if tensor.is_contiguous():
+        yield tensor.view(-1).view(torch.int32)
+        return
+    for rows in tensor.split(_eights(CHUNK * len(tensor) // tensor.numel())):
+        yield rows.reshape(-1).view(torch.int32)
+
+
+def _drawn_pieces(name: str, seed: int, tensor: Tensor) -> Iterator[Tensor]:
+    """As many drawn keys as a tensor has elements, in pieces as above."""
+    draw, size = _draws(name, seed), _eights(CHUNK)
+    for start in range(0, tensor.numel(), size):
+        yield draw((min(size, tensor.numel() - start),)).to(tensor.device)
+
+
+def _draws(name: str, seed: int) -> Callable[[Sequence[int]], Tensor]:
+    """A stream of random keys on the CPU, the same whatever is drawn at a time."""
+    salt = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(salt)
+    return lambda shape: torch.randint(LARGEST, shape, generator=generator, dtype=torch.int32)
+
+
+def _eights(number: int) -> int:
+    return max(1, -(-number // 8)) * 8
 
 
 def _best_per_row(
-    tensors: Mapping[str, Tensor], keys: Mapping[str, Keys], fraction: float
+    tensors: Mapping[str, Tensor], fraction: float, order: Order, seed: int
 ) -> tuple[dict[str, BitMask], int]:
     """Masks of the k largest keys of every row, and how many of the chosen are zero."""
     masks, zeros = {}, 0
@@ -161,7 +179,7 @@ def _best_per_row(
         table = tensor.reshape(-1, tensor.shape[-1])
         k = round(fraction * table.shape[1])
         parts = []
-        for chunk in keys[name](table):
+        for chunk in _row_keys(name, table, order, seed):
             threshold = (
                 chunk.topk(k).values[:, -1:] if k else torch.full_like(chunk[:, :1], LARGEST)
             )
@@ -173,21 +191,40 @@ def _best_per_row(
     return masks, zeros
 
 
-def _threshold(chunks: Callable[[], Iterator[Tensor]], k: int) -> tuple[int, int]:
+def _row_keys(name: str, table: Tensor, order: Order, seed: int) -> Iterator[Tensor]:
+    """The int32 keys of a (rows, columns) tensor, whole rows at a time."""
+    draw = _draws(name, seed)
+    for chunk in table.split(max(1, CHUNK // table.shape[1])):
+        if order == "random":
+            yield draw(chunk.shape).to(chunk.device)
+            continue
+        bits = (chunk + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the 0.0 it equals
+        yield bits if order == "top" else LARGEST - bits
+
+
+def _threshold(
+    read: Callable[[str], Iterator[Tensor]], names: Sequence[str], k: int, reverse: bool
+) -> tuple[int, int]:
     """The k-th largest key, and how many keys equal to it belong to the k largest."""
     if k == 0:
         return LARGEST, 0
-    high, above = _crossing((chunk >> 16 for chunk in chunks()), k)
-    lower = (chunk[chunk >> 16 == high] & 0xFFFF for chunk in chunks())
-    low, between = _crossing(lower, k - above)
-    return high << 16 | low, k - above - between
+    prefix, shift = 0, KEY_BITS
+    for width in WIDTHS:
+        shift -= width
+        tables: dict[torch.device, Tensor] = {}
+        for keys in (piece for name in names for piece in read(name)):
+            if keys.device not in tables:
+                tables[keys.device] = torch.zeros(1 << width, dtype=torch.int64, device=keys.device)
+            torch.ops.safeopt.key_histogram_(
+                tables[keys.device], keys, shift=shift, prefix=prefix, reverse=reverse
+            )
+        value, above = _crossing(torch.stack([table.cpu() for table in tables.values()]).sum(0), k)
+        prefix, k = prefix << width | value, k - above
+    return prefix, k
 
 
-def _crossing(chunks: Iterator[Tensor], k: int) -> tuple[int, int]:
-    """The k-th largest of integers in [0, 65536), and how many are larger than it."""
-    histogram = torch.zeros(1 << 16, dtype=torch.int64)
-    for chunk in chunks:
-        histogram += torch.bincount(chunk, minlength=1 << 16).cpu()
+def _crossing(histogram: Tensor, k: int) -> tuple[int, int]:
+    """The k-th largest of the counted integers, and how many are larger than it."""
     at_least = histogram.flip(0).cumsum(0).flip(0)
     value = int((at_least >= k).sum()) - 1
     return value, int(at_least[value] - histogram[value])

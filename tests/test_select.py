@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeopt import selection
+from safeopt.ops import scoring
 from safeopt.scores import Scores
 from safeopt.selection import overlap, select
 
@@ -60,6 +61,7 @@ def test_model_scope_is_brute_force(levels, seed, fraction, order, chunk):
     k = round(fraction * sum(t.numel() for t in scores.values()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "CHUNK", chunk)
+        patch.setattr(scoring, "CHUNK", chunk)
         mask = select(scores, fraction, order=order)
     assert chosen(mask) == brute_force(scores, k, 1 if order == "top" else -1)
     assert mask.count() == k

@@ -99,7 +99,7 @@ class ESIObservation:
         self._objective = OBJECTIVES[chosen] if isinstance(chosen, str) else chosen
         self._model = model
         self._singly = settings.reduction == "mean_abs"
-        self._sum = GradientSum(targets, Tensor.abs_ if self._singly else None)
+        self._sum = GradientSum(targets, absolute=self._singly)
         self._n = 0
 
     def observe(self, batch: Batch) -> None:

@@ -8,7 +8,16 @@ knows which kernel runs.
 from safeopt.ops.adamw import live_elements, live_indices, masked_adamw_
 from safeopt.ops.directory import live_starts
 from safeopt.ops.library import load
+from safeopt.ops.scoring import esi_accumulate_, key_histogram_, select_bits_
 
 load()
 
-__all__ = ["live_elements", "live_indices", "live_starts", "masked_adamw_"]
+__all__ = [
+    "esi_accumulate_",
+    "key_histogram_",
+    "live_elements",
+    "live_indices",
+    "live_starts",
+    "masked_adamw_",
+    "select_bits_",
+]
