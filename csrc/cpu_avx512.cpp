@@ -5,6 +5,9 @@
 #include <cstring>
 #ifdef SAFEOPT_X86
 #include <immintrin.h>
+#define SAFEOPT_AVX512  // g++ defines no __AVX512F__ for a pragma
+// Of its own headers: they leave lanes unset on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,lzcnt,popcnt,f16c,prefer-vector-width=512")
 #include "cpu_adamw.h"
 #include "cpu_score.h"

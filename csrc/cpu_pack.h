@@ -4,7 +4,7 @@
 // more than a block, which may be overwritten.
 #pragma once
 
-#ifdef __AVX512F__
+#ifdef SAFEOPT_AVX512
 #include <immintrin.h>
 #endif
 
@@ -39,7 +39,7 @@ inline void for_runs(uint64_t word, Run run) {
   }
 }
 
-#ifdef __AVX512F__
+#ifdef SAFEOPT_AVX512
 inline __m512 load16(const float* from, __mmask16 live) { return _mm512_maskz_loadu_ps(live, from); }
 inline __m512 load16(const bf16* from, __mmask16 live) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, from));
