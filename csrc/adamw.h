@@ -48,6 +48,12 @@ SAFEOPT_HD Step<F> step_of(double t, double lr, double beta1, double beta2, doub
           F(pull == Pull::decoupled ? lr * strength : strength)};
 }
 
+template <class F>
+SAFEOPT_HD Step<F> narrowed(const Step<double>& s) {
+  return {F(s.decay), F(s.weight1),     F(s.beta1), F(s.weight2), F(s.beta2),
+          F(s.size),  F(s.correction2), F(s.eps),   F(s.unscale), F(s.pull)};
+}
+
 // Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2; with AMSGRAD, Reddi et al. 2018
 // (arXiv 1904.09237). With PULL each element is drawn to `anchor` with strength pull * share; where
 // that is decoupled, no step goes past the anchor.

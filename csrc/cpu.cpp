@@ -1,4 +1,5 @@
-// safeopt::masked_adamw_ on the CPU: picks the instruction set, spreads the blocks over the threads.
+// safeopt::masked_adamw_ on the CPU: picks the instruction set, spreads the blocks over the
+// threads.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -25,32 +26,13 @@ const CpuKernels& cpu_kernels() {
 
 namespace {
 
-double number_in(const Tensor& tensor, const char* what) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == 1, what,
-                  " must be one number on the CPU for parameters on the CPU");
-  if (tensor.scalar_type() == ScalarType::Double) return *static_cast<double*>(tensor.data_ptr());
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, what, " must be float32 or float64");
-  return *static_cast<float*>(tensor.data_ptr());
-}
-
-// Counts the step in place and returns its number.
-double advance(const Tensor& step) {
-  double t = number_in(step, "a step count") + 1;
-  if (step.scalar_type() == ScalarType::Double) {
-    *static_cast<double*>(step.data_ptr()) = t;
-  } else {
-    *static_cast<float*>(step.data_ptr()) = float(t);
-  }
-  return t;
-}
-
 struct Task {
   const AdamwTensor* tensor;
   int64_t first, end;
 };
 
-constexpr int64_t kBlocksPerTask = 64;    // 256 kB of float32: small beside a thread's share
-constexpr int64_t kAlone = 1 << 14;  // live elements that are not worth waking threads for
+constexpr int64_t kBlocksPerTask = 64;  // 256 kB of float32: small beside a thread's share
+constexpr int64_t kAlone = 1 << 14;     // live elements that are not worth waking threads for
 
 void run(const std::vector<AdamwTensor>& tensors) {
   std::vector<Task> tasks;
@@ -87,11 +69,10 @@ void adamw_step(const AdamwArguments& a) {
   AdamwCall call(a);
   double lr = a.lr_tensor ? number_in(*a.lr_tensor, "lr") : a.lr;
   double scale = a.grad_scale ? number_in(*a.grad_scale, "grad_scale") : 1;
-  for (size_t i = 0; i < call.tensors.size(); ++i) {
-    AdamwTensor& t = call.tensors[i];
-    int64_t blocks = (t.numel + kBlock - 1) / kBlock;
-    STD_TORCH_CHECK(t.starts[blocks] == a.exp_avgs[i].numel(), "exp_avg has ",
-                    a.exp_avgs[i].numel(), " values for ", t.starts[blocks], " live elements");
+  for (const AdamwTensor& t : call.tensors) {
+    int64_t live = t.starts[(t.numel + kBlock - 1) / kBlock];
+    STD_TORCH_CHECK(live == t.states, "exp_avg has ", t.states, " values for ", live,
+                    " live elements");
   }
   for (size_t i = 0; i < call.tensors.size(); ++i) {
     AdamwTensor& t = call.tensors[i];

@@ -18,7 +18,7 @@ struct AdamwTensor {
   const void* anchor;   // null unless there is a pull
   const float* share;   // strength of the pull per element; null: 1 everywhere
   Dtype p_type, g_type, state_type, anchor_type;
-  int64_t numel;
+  int64_t numel, states;  // states: values in m
   const int64_t* starts;
   Rule rule;
   Step<double> step;

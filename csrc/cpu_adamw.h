@@ -19,12 +19,6 @@ struct Buffers {
   alignas(64) F v_max[kBlock + kPad], anchor[kBlock + kPad], share[kBlock + kPad];
 };
 
-template <class F>
-Step<F> narrowed(const Step<double>& s) {
-  return {F(s.decay), F(s.weight1),     F(s.beta1), F(s.weight2), F(s.beta2),
-          F(s.size),  F(s.correction2), F(s.eps),   F(s.unscale), F(s.pull)};
-}
-
 // Not inlined: the compiler forgets __restrict when it inlines, and then tests for overlap.
 template <bool AMSGRAD, Pull PULL, class F>
 __attribute__((noinline)) void update(F* __restrict p, const F* __restrict g, F* __restrict m,

@@ -54,6 +54,25 @@ inline Dtype dtype_of(const Tensor& tensor, const char* what) {
   return Dtype::f32;
 }
 
+inline double number_in(const Tensor& tensor, const char* what) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == 1, what,
+                  " must be one number on the CPU for parameters on the CPU");
+  if (tensor.scalar_type() == ScalarType::Double) return *static_cast<double*>(tensor.data_ptr());
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, what, " must be float32 or float64");
+  return *static_cast<float*>(tensor.data_ptr());
+}
+
+// Counts a step on the CPU in place and returns its number.
+inline double advance(const Tensor& step) {
+  double t = number_in(step, "a step count") + 1;
+  if (step.scalar_type() == ScalarType::Double) {
+    *static_cast<double*>(step.data_ptr()) = t;
+  } else {
+    *static_cast<float*>(step.data_ptr()) = float(t);
+  }
+  return t;
+}
+
 // A tensor's elements in row-major order: its own memory where it lies so, else a copy, which
 // `write_back` returns to its place.
 class RowMajor {
@@ -87,8 +106,8 @@ class AdamwCall {
 
  private:
   void check_lengths(size_t n) const {
-    for (const Tensors* list : {&a_.grads, &a_.exp_avgs, &a_.exp_avg_sqs, &a_.steps, &a_.bits,
-                                &a_.starts})
+    for (const Tensors* list :
+         {&a_.grads, &a_.exp_avgs, &a_.exp_avg_sqs, &a_.steps, &a_.bits, &a_.starts})
       STD_TORCH_CHECK(list->size() == n, "one entry per parameter is needed: ", list->size(),
                       " for ", n, " parameters");
     for (const Integers* list : {&a_.spans, &a_.nbits, &a_.offsets})
@@ -112,13 +131,14 @@ class AdamwCall {
     return read_.back().data();
   }
 
-  void* moment(const Tensor& tensor, const AdamwTensor& t, int64_t count, const char* what) {
+  void* moment(const Tensor& tensor, const AdamwTensor& t, const char* what) {
     Dtype type = dtype_of(tensor, what);
     bool allowed = type == t.p_type || (type == Dtype::f32 && t.p_type != Dtype::f64);
     STD_TORCH_CHECK(allowed && type == t.state_type, what,
                     " must have the parameter's dtype or float32, the same for all moments");
-    STD_TORCH_CHECK(tensor.numel() == count, what, " must hold one value per live element: it has ",
-                    tensor.numel(), ", the first moment ", count);
+    STD_TORCH_CHECK(tensor.numel() == t.states, what,
+                    " must hold one value per live element: it has ", tensor.numel(),
+                    ", the first moment ", t.states);
     return written(tensor);
   }
 
@@ -134,10 +154,10 @@ class AdamwCall {
                     " elements, its parameter ", t.numel);
     t.p = written(p);
     t.g = read(a_.grads[i]);
-    int64_t count = a_.exp_avgs[i].numel();
-    t.m = moment(a_.exp_avgs[i], t, count, "exp_avg");
-    t.v = moment(a_.exp_avg_sqs[i], t, count, "exp_avg_sq");
-    t.v_max = a_.amsgrad ? moment(a_.max_exp_avg_sqs[i], t, count, "max_exp_avg_sq") : nullptr;
+    t.states = a_.exp_avgs[i].numel();
+    t.m = moment(a_.exp_avgs[i], t, "exp_avg");
+    t.v = moment(a_.exp_avg_sqs[i], t, "exp_avg_sq");
+    t.v_max = a_.amsgrad ? moment(a_.max_exp_avg_sqs[i], t, "max_exp_avg_sq") : nullptr;
     fill_rule(i, t);
     fill_anchor(i, t);
   }
@@ -158,8 +178,8 @@ class AdamwCall {
     STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && starts.is_contiguous() &&
                         starts.numel() == blocks + 1,
                     "starts must be contiguous int64 with ", blocks + 1, " entries (live_starts)");
-    t.rule = {static_cast<const uint8_t*>(bits.data_ptr()), a_.spans[i], a_.nbits[i],
-              a_.offsets[i], a_.live_bit};
+    t.rule = {static_cast<const uint8_t*>(bits.data_ptr()), a_.spans[i], a_.nbits[i], a_.offsets[i],
+              a_.live_bit};
     t.starts = static_cast<const int64_t*>(starts.data_ptr());
   }
 
@@ -176,9 +196,9 @@ class AdamwCall {
                     " elements, its parameter ", t.numel);
     t.anchor = read(a_.anchors[i]);
     if (a_.shares.empty()) return;
-    STD_TORCH_CHECK(a_.shares[i].scalar_type() == ScalarType::Float &&
-                        a_.shares[i].numel() == t.numel,
-                    "shares must be float32, one per element of the parameter");
+    STD_TORCH_CHECK(
+        a_.shares[i].scalar_type() == ScalarType::Float && a_.shares[i].numel() == t.numel,
+        "shares must be float32, one per element of the parameter");
     t.share = static_cast<const float*>(read(a_.shares[i]));
   }
 
@@ -205,11 +225,32 @@ void masked_adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_
   } else {
     tensor = lr;
   }
-  adamw_step({std::move(params), std::move(grads), std::move(exp_avgs), std::move(exp_avg_sqs),
-              std::move(max_exp_avg_sqs), std::move(steps), std::move(bits), std::move(starts),
-              std::move(spans), std::move(nbits), std::move(offsets), std::move(anchors),
-              std::move(shares), live_bit, number, tensor, beta1, beta2, weight_decay, eps, amsgrad,
-              maximize, anchor_strength, anchor_decoupled, grad_scale, found_inf});
+  adamw_step({std::move(params),
+              std::move(grads),
+              std::move(exp_avgs),
+              std::move(exp_avg_sqs),
+              std::move(max_exp_avg_sqs),
+              std::move(steps),
+              std::move(bits),
+              std::move(starts),
+              std::move(spans),
+              std::move(nbits),
+              std::move(offsets),
+              std::move(anchors),
+              std::move(shares),
+              live_bit,
+              number,
+              tensor,
+              beta1,
+              beta2,
+              weight_decay,
+              eps,
+              amsgrad,
+              maximize,
+              anchor_strength,
+              anchor_decoupled,
+              grad_scale,
+              found_inf});
 }
 
 }  // namespace safeopt

@@ -81,10 +81,14 @@ struct Narrow<float> {
 template <>
 struct Narrow<bf16> {
   SAFEOPT_HD static bf16 from(float x) {
+#ifdef __CUDA_ARCH__
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
     uint32_t u = bits_of(x);
     uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     uint32_t quiet = (u >> 16) | 0x40;
     return {uint16_t((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded)};
+#endif
   }
 };
 template <>
