@@ -11,9 +11,10 @@ inline void expect(const char* name, const Tensor& tensor, ScalarType type, cons
   STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous(), name,
                   " must be a contiguous ", toString(type), " tensor, got ",
                   toString(tensor.scalar_type()), tensor.is_contiguous() ? "" : ", not contiguous");
-  STD_TORCH_CHECK(tensor.is_cpu() == beside.is_cpu() &&
-                      tensor.get_device_index() == beside.get_device_index(),
-                  name, " must be on the device of the other arguments");
+  bool together = tensor.is_cpu()
+                      ? beside.is_cpu()
+                      : !beside.is_cpu() && tensor.get_device_index() == beside.get_device_index();
+  STD_TORCH_CHECK(together, name, " must be on the device of the other arguments");
 }
 
 inline void expect_numel(const char* name, const Tensor& tensor, int64_t numel) {

@@ -212,6 +212,16 @@ def test_select_refuses(kernel, bits, keys, ties, threshold, message) -> None:
         kernel["select_bits_"](bits, keys, ties, threshold=threshold, reverse=False)
 
 
+@KERNELS
+def test_no_elements_change_nothing(kernel) -> None:
+    bad, ties = torch.zeros(1, dtype=torch.int32), torch.tensor([3])
+    nothing = torch.zeros(0, dtype=torch.int32)
+    kernel["esi_accumulate_"](torch.zeros(0, 4), torch.zeros(0, 4), bad, absolute=True)
+    kernel["select_bits_"](nothing.byte(), nothing, ties, threshold=5, reverse=False)
+    assert histogram(kernel, nothing, 20, 11, 0, True).sum() == 0
+    assert (bad.item(), ties.item()) == (0, 3)
+
+
 # The ops as ops
 
 
