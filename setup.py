@@ -43,15 +43,19 @@ class Build(build_ext):
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile what is older than its source or any header, and link."""
+        """Compile what is older than a file it was made of, and link."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
 
         def compiled(source: str) -> str:
-            made = Path(self.build_temp, source + ".o")
-            if self.force or newer_group([source, *ext.depends], made):
+            made, listed = (Path(self.build_temp, source + end) for end in (".o", ".d"))
+            # The compiler wrote it as a rule of make: "object: source header header ..."
+            rule = listed.read_text() if listed.exists() else ""
+            needs = rule.replace("\\\n", " ").partition(":")[2].split()
+            if self.force or not needs or newer_group(["setup.py", *needs], made, "newer"):
                 made.parent.mkdir(parents=True, exist_ok=True)
-                call([*ext.compiler, *ext.extra_compile_args, "-c", source, "-o", str(made)])
+                files = ["-MMD", "-MF", str(listed), "-c", source, "-o", str(made)]
+                call([*ext.compiler, *ext.extra_compile_args, *files])
             return str(made)
 
         with ThreadPool(JOBS) as pool:
@@ -76,7 +80,6 @@ def csrc(pattern: str) -> list[str]:
 def library(name: str, sources: list[str], compiler: list[str], flags: list[str], link: list[str]):
     """One library of some sources."""
     made = Extension(f"safeopt.{name}", sources, optional=not ASKED_FOR)
-    made.depends = ["setup.py", *csrc("*.h")]
     made.compiler, made.extra_compile_args, made.extra_link_args = compiler, flags, link
     return made
 
