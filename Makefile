@@ -28,6 +28,15 @@ lint: $(INSTALLED)      ## the linters that CI runs
 	$(BIN)/typos
 	$(BIN)/mypy
 
+# For one GPU: make bench DEVICE=cuda. Other options: make bench BENCH="--weights 1e6,1e7 --rounds 9".
+DEVICE ?= cpu
+DTYPE ?= float32
+SPEED := benchmarks/results/speed
+bench: build            ## speed and memory of the step, of scoring and of selection (about an hour)
+	mkdir -p $(SPEED)
+	$(BIN)/python -m pytest benchmarks --device $(DEVICE) --dtype $(DTYPE) $(BENCH) --benchmark-json $(SPEED)/$(DEVICE)-$(DTYPE).json
+	$(BIN)/python benchmarks/speed_report.py
+
 organism: $(INSTALLED)  ## makes the bundled model pair again (about 15 minutes)
 	$(BIN)/python -m safeopt.organism.build
 
