@@ -11,6 +11,6 @@
 
 namespace safeopt {
 const CpuKernels cpu_avx2 = {"avx2",    adamw_blocks, accumulate_values,
-                               histogram, select_above, select_ties};
+                             histogram, select_above, select_ties};
 }
 #endif

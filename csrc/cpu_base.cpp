@@ -4,5 +4,5 @@
 
 namespace safeopt {
 const CpuKernels cpu_base = {"base",    adamw_blocks, accumulate_values,
-                               histogram, select_above, select_ties};
+                             histogram, select_above, select_ties};
 }
