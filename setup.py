@@ -32,6 +32,7 @@ CPU += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 CPU += ["-DSAFEOPT_X86"] if platform.machine() == "x86_64" else []
 # Machine code for sm_80 and sm_90, and PTX from which the driver makes code for what comes later.
 CUDA = ["-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static"]
+CUDA += ["-fmad=false"]  # as -ffp-contract=off: the same bits as on the CPU, at no cost
 CUDA += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 
 
