@@ -90,7 +90,8 @@ def report(request: pytest.FixtureRequest, groups: Groups) -> Callable[..., None
         groups.measure(kind, size, make)
         seconds = groups.seconds[kind, size].get(name)
         if seconds is None:
-            pytest.skip(groups.left_out[f"{kind} {size:.3g}: {name}"])
+            why = groups.left_out.get(f"{kind} {size:.3g}: {name}", "nothing of this size fits")
+            pytest.skip(why)
         readings = itertools.accumulate(itertools.chain(*((0.0, took) for took in seconds)))
 
         def replay() -> float:

@@ -38,6 +38,13 @@ class Run:
         self.left_out: dict[str, str] = data["left_out"]
         self.itemsize: int = getattr(torch, self.machine["dtype"]).itemsize
         self.cuda = self.machine["device"].startswith("cuda")
+        for kind in ("step", "accumulate"):
+            for size in self.sizes(kind):
+                if self.row(kind, size, "copy") is None or len(self.group(kind, size)) < 2:
+                    raise ValueError(
+                        f"{kind} {size:.3g} holds half a table: choose whole tables with -k, such"
+                        f" as -k 'step and 1e+06', and measure again"
+                    )
 
     @cached_property
     def rows(self) -> list[Row]:

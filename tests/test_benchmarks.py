@@ -150,6 +150,7 @@ def test_a_tiny_run_and_its_report(tmp_path: Path) -> None:
 
     from interleave import ratio
     from speed_report import spread, write
+    from speed_run import Run
     from step_cases import REFERENCE, recipes
 
     data = json.loads(path.read_text())
@@ -167,6 +168,9 @@ def test_a_tiny_run_and_its_report(tmp_path: Path) -> None:
         detail = next(row for row in rows if row.startswith(f"| {name} | ") and "[" in row)
         assert expected in detail
     assert data["command"] in text and data["commit_info"]["id"] in text
+    halved = [b for b in data["benchmarks"] if b["extra_info"]["case"] != "copy"]
+    with pytest.raises(ValueError, match=r"step 1e\+04 holds half a table"):
+        Run(data | {"benchmarks": halved})
     (tmp_path / "broken.json").touch()
     with pytest.raises(ValueError, match=r"broken\.json holds no measurement"):
         write(tmp_path, tmp_path / "speed.md")
