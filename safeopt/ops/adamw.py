@@ -113,7 +113,8 @@ def masked_adamw_(
             if anchor_decoupled:
                 moving.mul_(1 - lr * weight_decay)
                 decay = 0.0
-                pull = torch.as_tensor(lr * anchor_strength * share).clamp(max=1)
+                pull = lr * anchor_strength * share
+                pull = pull.clamp(max=1) if isinstance(pull, Tensor) else min(1.0, pull)
                 moving.sub_(pull * (moving - picked(anchors[i])))
             else:
                 gradient = _pulled(gradient, moving - picked(anchors[i]), share, maximize,

@@ -52,11 +52,11 @@ void check_histogram(int64_t n, int64_t blocks) {
   for (auto [shift, width] : shifts) {
     bool reverse = below(2);
     int above = shift + width;
-    int32_t some = key_at(keys[below(n)], reverse), prefix = above == kKeyBits ? 0 : some >> above;
+    int32_t some = key_at(keys[below(n)], reverse), prefix = above == kKeyBits ? 3 : some >> above;
     std::vector<unsigned long long> counts(size_t(1) << width, 5), expected = counts;
     for (int32_t bits : keys) {
       int64_t key = reverse ? kLargest - (bits & 0x7fffffff) : bits & 0x7fffffff;
-      if (key >> above == prefix) ++expected[(key >> shift) % (1 << width)];
+      if (above == kKeyBits || key >> above == prefix) ++expected[(key >> shift) % (1 << width)];
     }
     host::launch(histogram_kernel, blocks, kThreads, counts.data(),
                  static_cast<const int32_t*>(keys.data()), n, shift, width, prefix, reverse);
