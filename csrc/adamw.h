@@ -31,6 +31,14 @@ namespace {
 
 SAFEOPT_HD float root(float x) { return sqrtf(x); }
 SAFEOPT_HD double root(double x) { return sqrt(x); }
+template <class F>
+SAFEOPT_HD F at_most_one(F x) {
+  return x < F(1) ? x : F(1);
+}
+template <class F>
+SAFEOPT_HD F larger(F x, F y) {  // NaN if x is, as torch.maximum
+  return x > y || x != x ? x : y;
+}
 
 // All in one place, so that host and device derive them alike, in double.
 template <class F>
@@ -64,7 +72,7 @@ SAFEOPT_HD void adamw(F& p, F g, F& m, F& v, F& v_max, F anchor, F share, const 
   if (PULL != Pull::none) {
     F pull = s.pull * share;
     if (PULL == Pull::decoupled) {
-      moved -= (pull < F(1) ? pull : F(1)) * (moved - anchor);
+      moved -= at_most_one(pull) * (moved - anchor);
     } else {
       g += pull * (p - anchor);
     }
@@ -73,7 +81,7 @@ SAFEOPT_HD void adamw(F& p, F g, F& m, F& v, F& v_max, F anchor, F share, const 
   v = s.beta2 * v + s.weight2 * g * g;
   F second = v;
   if (AMSGRAD) {
-    v_max = v > v_max || v != v ? v : v_max;
+    v_max = larger(v, v_max);
     second = v_max;
   }
   p = moved - s.size * m / (root(second) * s.correction2 + s.eps);

@@ -2,6 +2,7 @@
 // stay in the first-level cache, where the functor of adamw.h runs in full vectors.
 #pragma once
 
+#include "cpu_lanes.h"
 #include "cpu_pack.h"
 
 namespace safeopt {
@@ -11,6 +12,12 @@ template <class F>
 struct Columns {
   F *p, *m, *v, *v_max;
   const F *g, *anchor, *share;
+};
+
+// What to ask memory for during an update: so many bytes of p and of g with every kPad elements.
+struct Ahead {
+  const char *p, *g;
+  int64_t bytes;
 };
 
 template <class F>
@@ -24,19 +31,28 @@ template <bool AMSGRAD, Pull PULL, class F>
 __attribute__((noinline)) void update(F* __restrict p, const F* __restrict g, F* __restrict m,
                                       F* __restrict v, F* __restrict v_max,
                                       const F* __restrict anchor, const F* __restrict share,
-                                      int64_t n, const Step<F>& step) {
+                                      int64_t n, Ahead ahead, const Step<F>& step) {
   constexpr bool PULLED = PULL != Pull::none;
   const Step<F> s = step;
-  for (int64_t i = 0; i < n; ++i) {
-    F none = 0;
-    adamw<AMSGRAD, PULL>(p[i], g[i], m[i], v[i], AMSGRAD ? v_max[i] : none,
-                         PULLED ? anchor[i] : F(0), PULLED ? share[i] : F(0), s);
+  for (int64_t i = 0; i < n; i += kPad) {
+    for (int64_t line = 0; line < ahead.bytes; line += 64) {
+      __builtin_prefetch(ahead.p + line, 1);
+      __builtin_prefetch(ahead.g + line, 0);
+    }
+    ahead.p += ahead.bytes;
+    ahead.g += ahead.bytes;
+    for (int64_t j = i; j < i + kPad; ++j) {
+      F none = 0;
+      adamw<AMSGRAD, PULL>(p[j], g[j], m[j], v[j], AMSGRAD ? v_max[j] : none,
+                           PULLED ? anchor[j] : F(0), PULLED ? share[j] : F(0), s);
+    }
   }
 }
 
 template <bool AMSGRAD, class F>
-inline void update(const Columns<F>& c, int64_t n, Pull pull, const Step<F>& s) {
-  auto call = [&](auto* f) { f(c.p, c.g, c.m, c.v, c.v_max, c.anchor, c.share, n, s); };
+inline void update(const Columns<F>& c, int64_t n, Ahead ahead, Pull pull,
+                   const Step<F>& s) {
+  auto call = [&](auto* f) { f(c.p, c.g, c.m, c.v, c.v_max, c.anchor, c.share, n, ahead, s); };
   switch (pull) {
     case Pull::none:
       return call(update<AMSGRAD, Pull::none, F>);
@@ -48,16 +64,18 @@ inline void update(const Columns<F>& c, int64_t n, Pull pull, const Step<F>& s) 
 }
 
 template <class F>
-inline void update(const Columns<F>& c, int64_t n, Pull pull, const Step<F>& s) {
-  c.v_max ? update<true>(c, n, pull, s) : update<false>(c, n, pull, s);
+inline void update(const Columns<F>& c, int64_t n, Ahead ahead, Pull pull,
+                   const Step<F>& s) {
+  c.v_max ? update<true>(c, n, ahead, pull, s) : update<false>(c, n, ahead, pull, s);
 }
 
 // The last elements in a full vector too, on copies: one by one they would cost more than all the
 // others of a sparse block.
 template <class F>
-inline void update_padded(const Columns<F>& c, int64_t n, Pull pull, const Step<F>& s) {
+inline void update_padded(const Columns<F>& c, int64_t n, Ahead ahead, Pull pull,
+                   const Step<F>& s) {
   int64_t full = n / kPad * kPad, rest = n - full;
-  if (full) update(c, full, pull, s);
+  if (full) update(c, full, ahead, pull, s);
   if (!rest) return;
   alignas(64) F tail[7][kPad] = {};
   F* from[4] = {c.p, c.m, c.v, c.v_max};
@@ -68,55 +86,105 @@ inline void update_padded(const Columns<F>& c, int64_t n, Pull pull, const Step<
     for (int64_t j = 0; fixed[k] && j < rest; ++j) tail[4 + k][j] = fixed[k][full + j];
   update(Columns<F>{tail[0], tail[1], tail[2], c.v_max ? tail[3] : nullptr, tail[4],
                     c.anchor ? tail[5] : nullptr, tail[6]},
-         kPad, pull, s);
+         kPad, {}, pull, s);
   for (int k = 0; k < 4; ++k)
     for (int64_t j = 0; from[k] && j < rest; ++j) from[k][full + j] = tail[k][j];
 }
 
-// One block: `count` of its n elements from i on are live, and their state begins at `rank`.
-// `words` is null where all are.
+// `count` live elements among the n from i on; their state begins at `rank`.
 template <class F>
-void step_block(const AdamwTensor& t, const Step<F>& s, int64_t i, int64_t n, int64_t rank,
-                int64_t count, const uint64_t* words, Buffers<F>& b) {
+void step_piece(const AdamwTensor& t, const Step<F>& s, int64_t i, int64_t n, int64_t rank,
+                int64_t count, Live live, Ahead ahead, Buffers<F>& b) {
+  const Live all = {};
   Columns<F> c;
-  c.p = gather(t.p, t.p_type, i, words, n, b.p);
-  c.g = gather(t.g, t.g_type, i, words, n, b.g);
-  c.m = gather(t.m, t.state_type, rank, nullptr, count, b.m);
-  c.v = gather(t.v, t.state_type, rank, nullptr, count, b.v);
-  c.v_max = t.v_max ? gather(t.v_max, t.state_type, rank, nullptr, count, b.v_max) : nullptr;
-  c.anchor = t.anchor ? gather(t.anchor, t.anchor_type, i, words, n, b.anchor) : nullptr;
-  c.share = t.share ? gather(t.share, Dtype::f32, i, words, n, b.share) : b.share;
-  update_padded(c, count, t.pull, s);
-  if (c.p == b.p) scatter(b.p, t.p, t.p_type, i, words, n);
-  if (c.m == b.m) scatter(b.m, t.m, t.state_type, rank, nullptr, count);
-  if (c.v == b.v) scatter(b.v, t.v, t.state_type, rank, nullptr, count);
-  if (c.v_max == b.v_max) scatter(b.v_max, t.v_max, t.state_type, rank, nullptr, count);
+  c.p = gather(t.p, t.p_type, i, live, n, b.p);
+  c.g = gather(t.g, t.g_type, i, live, n, b.g);
+  c.m = gather(t.m, t.state_type, rank, all, count, b.m);
+  c.v = gather(t.v, t.state_type, rank, all, count, b.v);
+  c.v_max = t.v_max ? gather(t.v_max, t.state_type, rank, all, count, b.v_max) : nullptr;
+  c.anchor = t.anchor ? gather(t.anchor, t.anchor_type, i, live, n, b.anchor) : nullptr;
+  c.share = t.share ? gather(t.share, Dtype::f32, i, live, n, b.share) : b.share;
+  update_padded(c, count, ahead, t.pull, s);
+  if (c.p == b.p) scatter(b.p, t.p, t.p_type, i, live, n);
+  if (c.m == b.m) scatter(b.m, t.m, t.state_type, rank, all, count);
+  if (c.v == b.v) scatter(b.v, t.v, t.state_type, rank, all, count);
+  if (c.v_max == b.v_max) scatter(b.v_max, t.v_max, t.state_type, rank, all, count);
 }
 
 inline int size_of(Dtype type) { return type == Dtype::f64 ? 8 : type == Dtype::f32 ? 4 : 2; }
 
-// Asks for the lines of a sparse block's live elements, which no hardware prefetcher foresees.
-inline void prefetch(const AdamwTensor& t, int64_t i, int64_t n, const uint64_t* words) {
-  int p_size = size_of(t.p_type), g_size = size_of(t.g_type);
-  const char *p = static_cast<const char*>(t.p) + i * p_size,
-             *g = static_cast<const char*>(t.g) + i * g_size;
-  for (int64_t k = 0; k < n; k += 64) {
-    for (uint64_t word = words[k / 64]; word; word &= word - 1) {
-      int64_t at = k + __builtin_ctzll(word);
-      __builtin_prefetch(p + at * p_size, 1);
-      __builtin_prefetch(g + at * g_size, 0);
-    }
+inline const char* at(const void* data, Dtype type, int64_t i) {
+  return static_cast<const char*>(data) + i * size_of(type);
+}
+
+// A block with many live elements, in pieces so short that the processor overlaps the arithmetic
+// of one with the loads of the next.
+template <class F>
+void step_dense(const AdamwTensor& t, const Step<F>& s, int64_t i, int64_t n, int64_t rank,
+                int64_t live, Buffers<F>& b) {
+  constexpr int64_t kPiece = 256, kAhead = 512;
+  constexpr int64_t kLanes = 40;  // per cent of live elements from which on lanes are not wasted
+  uint64_t words[kBlock / 64];
+  live_words(t.rule, i, int(n), words);
+  if (fits_lanes(t) && 100 * live > kLanes * n) return step_lanes(t, i, n, rank, words);
+  for (int64_t k = 0; k < n; k += kPiece) {
+    int64_t length = n - k < kPiece ? n - k : kPiece, count = 0;
+    for (int64_t j = 0; j < length; j += 64) count += __builtin_popcountll(words[(k + j) / 64]);
+    Ahead ahead = {at(t.p, t.p_type, i + k + kAhead), at(t.g, t.g_type, i + k + kAhead), 0};
+    if (count >= kPad) ahead.bytes = (kPiece * size_of(t.p_type) / (count / kPad) + 63) / 64 * 64;
+    step_piece(t, s, i + k, length, rank, count, {words + k / 64, nullptr}, ahead, b);
+    rank += count;
   }
 }
 
-constexpr int kAhead = 4;             // blocks between a prefetch and its use
-constexpr int64_t kPrefetched = 256;  // live elements of a block up to which it is prefetched
+// Live elements of sparse blocks, gathered over many of them: their lines are asked for when they
+// enter, since no hardware prefetcher foresees them, and read when the batch is full.
+template <class F>
+class Batch {
+ public:
+  Batch(const AdamwTensor& tensor, const Step<F>& step, Buffers<F>& buffers)
+      : t_(tensor), s_(step), b_(buffers) {}
 
-struct Block {
-  int64_t i, n, rank, count;
-  bool whole;
-  uint64_t words[kBlock / 64];
+  void add(int64_t i, int64_t n, int64_t rank, int64_t count) {
+    if (size_ && (size_ + count > kBlock || i - first_ > kReach)) flush();
+    if (!size_) {
+      first_ = i;
+      rank_ = rank;
+    }
+    uint64_t words[kBlock / 64];
+    live_words(t_.rule, i, int(n), words);
+    int32_t* end = places_ + size_;
+    auto list = count > kFew ? list_many_places : list_places;
+    for (int64_t k = 0; k < n; k += 64) end = list(words[k / 64], int32_t(i + k - first_), end);
+    const char *p = at(t_.p, t_.p_type), *g = at(t_.g, t_.g_type);
+    int p_size = size_of(t_.p_type), g_size = size_of(t_.g_type);
+    for (int64_t j = size_; j < size_ + count; ++j) {
+      __builtin_prefetch(p + int64_t(places_[j]) * p_size, 1);
+      __builtin_prefetch(g + int64_t(places_[j]) * g_size, 0);
+    }
+    size_ += count;
+  }
+
+  void flush() {
+    if (size_) step_piece(t_, s_, first_, size_, rank_, size_, {nullptr, places_}, {}, b_);
+    size_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kFew = 32;         // live elements of a block with mostly empty words
+  static constexpr int64_t kReach = 1 << 30;  // what an int32 place can hold
+  const char* at(const void* data, Dtype type) const {
+    return static_cast<const char*>(data) + first_ * size_of(type);
+  }
+
+  const AdamwTensor& t_;
+  const Step<F>& s_;
+  Buffers<F>& b_;
+  int64_t first_ = 0, rank_ = 0, size_ = 0;
+  int32_t places_[kBlock + kPad];
 };
+
+constexpr int64_t kSparse = 160;  // live elements of a block up to which they are met one by one
 
 template <class F>
 void step_blocks(const AdamwTensor& t, int64_t first, int64_t end) {
@@ -124,27 +192,22 @@ void step_blocks(const AdamwTensor& t, int64_t first, int64_t end) {
   if (t.anchor && !t.share)
     for (F& share : buffers.share) share = 1;
   const Step<F> s = narrowed<F>(t.step);
-  Block ring[kAhead];
-  int64_t entered = 0, done = 0;
-  auto finish = [&] {
-    const Block& b = ring[done++ % kAhead];
-    step_block(t, s, b.i, b.n, b.rank, b.count, b.whole ? nullptr : b.words, buffers);
-  };
+  Batch<F> batch(t, s, buffers);
   for (int64_t k = first; k < end; ++k) {
+    int64_t i = k * kBlock, n = t.numel - i < kBlock ? t.numel - i : kBlock;
     int64_t rank = t.starts[k], count = t.starts[k + 1] - rank;
     if (count == 0) continue;
-    if (entered - done == kAhead) finish();
-    Block& b = ring[entered++ % kAhead];
-    b.i = k * kBlock;
-    b.n = t.numel - b.i < kBlock ? t.numel - b.i : kBlock;
-    b.rank = rank;
-    b.count = count;
-    b.whole = count == b.n;
-    if (b.whole) continue;
-    live_words(t.rule, b.i, int(b.n), b.words);
-    if (count <= kPrefetched) prefetch(t, b.i, b.n, b.words);
+    if (count == n) {
+      step_piece(t, s, i, n, rank, n, {}, {}, buffers);
+    } else if (count > kSparse) {
+      step_dense(t, s, i, n, rank, count, buffers);
+    } else {
+      batch.add(i, n, rank, count);
+      continue;
+    }
+    batch.flush();
   }
-  while (done < entered) finish();
+  batch.flush();
 }
 
 inline void adamw_blocks(const AdamwTensor& tensor, int64_t first, int64_t end) {

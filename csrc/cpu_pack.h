@@ -1,7 +1,6 @@
-// Live elements of a block, from the tensor into a dense buffer of the arithmetic's type and back.
+// Live elements, from a tensor into a dense buffer of the arithmetic's type, and back.
 //
-// A block has n <= kBlock elements; `words` holds its live bits. Buffers have room for kPad elements
-// more than a block, which may be overwritten.
+// Buffers have room for kPad elements more than a block, which may be overwritten.
 #pragma once
 
 #ifdef SAFEOPT_AVX512
@@ -14,7 +13,12 @@ namespace safeopt {
 namespace {
 
 constexpr int kPad = 16;
-constexpr int kSparse = 6;  // live elements in a word up to which they are met one by one
+
+// Which of some elements are live: all (both null), the set bits of `words`, or those at `places`.
+struct Live {
+  const uint64_t* words;
+  const int32_t* places;
+};
 
 template <class F, class T>
 inline void convert(const T* __restrict from, F* __restrict to, int64_t n) {
@@ -39,7 +43,32 @@ inline void for_runs(uint64_t word, Run run) {
   }
 }
 
+// The places of the set bits, counted from `base`; may write kPad entries too many.
+inline int32_t* list_places(uint64_t word, int32_t base, int32_t* to) {
+  int32_t* end = to + __builtin_popcountll(word);
+  // Four without asking: whether a sparse word has one bit or two no processor can predict.
+  do {
+    for (int j = 0; j < 4; ++j) {
+      to[j] = base + (word ? __builtin_ctzll(word) : 0);
+      word &= word - 1;
+    }
+    to += 4;
+  } while (to < end);
+  return end;
+}
+
 #ifdef SAFEOPT_AVX512
+// The same for words with more bits.
+inline int32_t* list_many_places(uint64_t word, int32_t base, int32_t* to) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int k = 0; k < 64; k += 16) {
+    __mmask16 live = __mmask16(word >> k);
+    __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(base + k));
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(live, places));
+    to += __builtin_popcount(live);
+  }
+  return to;
+}
 inline __m512 load16(const float* from, __mmask16 live) { return _mm512_maskz_loadu_ps(live, from); }
 inline __m512 load16(const bf16* from, __mmask16 live) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, from));
@@ -105,6 +134,9 @@ inline int scatter_word(const double* from, uint64_t word, double* to) {
 constexpr bool kWide = true;
 #else
 constexpr bool kWide = false;
+inline int32_t* list_many_places(uint64_t word, int32_t base, int32_t* to) {
+  return list_places(word, base, to);
+}
 template <class T, class F>
 inline int gather_word(const T*, uint64_t, F*) { return 0; }
 template <class T, class F>
@@ -121,14 +153,12 @@ inline void gather_words(const T* from, const uint64_t* words, int n, F* to) {
   for (int k = 0; k < n; k += 64, from += 64) {
     uint64_t word = words[k / 64];
     if constexpr (wide<F, T>()) {
-      if (__builtin_popcountll(word) > kSparse) {
-        to += gather_word(from, word, to);
-        continue;
-      }
+      to += gather_word(from, word, to);
+    } else {
+      for_runs(word, [&](int place, int length) {
+        for (int j = 0; j < length; ++j) *to++ = widen(from[place + j]);
+      });
     }
-    for_runs(word, [&](int place, int length) {
-      for (int j = 0; j < length; ++j) *to++ = widen(from[place + j]);
-    });
   }
 }
 
@@ -137,23 +167,23 @@ inline void scatter_words(const F* from, const uint64_t* words, int n, T* to) {
   for (int k = 0; k < n; k += 64, to += 64) {
     uint64_t word = words[k / 64];
     if constexpr (wide<F, T>()) {
-      if (__builtin_popcountll(word) > kSparse) {
-        from += scatter_word(from, word, to);
-        continue;
-      }
+      from += scatter_word(from, word, to);
+    } else {
+      for_runs(word, [&](int place, int length) {
+        for (int j = 0; j < length; ++j) to[place + j] = narrow<T>(*from++);
+      });
     }
-    for_runs(word, [&](int place, int length) {
-      for (int j = 0; j < length; ++j) to[place + j] = narrow<T>(*from++);
-    });
   }
 }
 
-// The live ones of the n elements from `place` on (all, if words is null), in F: a pointer into the
-// tensor itself where they lie there as they are needed, else `buffer`.
+// The live ones of the n elements from `place` on (with places: at the n places counted from it),
+// in F: a pointer into the tensor itself where they lie there as they are needed, else `buffer`.
 template <class F, class T>
-inline F* gather_as(const T* from, const uint64_t* words, int64_t n, F* buffer) {
-  if (words) {
-    gather_words(from, words, int(n), buffer);
+inline F* gather_as(const T* from, Live live, int64_t n, F* buffer) {
+  if (live.words) {
+    gather_words(from, live.words, int(n), buffer);
+  } else if (live.places) {
+    for (int64_t j = 0; j < n; ++j) buffer[j] = widen(from[live.places[j]]);
   } else if constexpr (sizeof(F) == sizeof(T)) {
     return const_cast<F*>(from);
   } else {
@@ -163,49 +193,51 @@ inline F* gather_as(const T* from, const uint64_t* words, int64_t n, F* buffer) 
 }
 
 template <class F>
-inline F* gather(const void* from, Dtype type, int64_t place, const uint64_t* words, int64_t n,
+inline F* gather(const void* from, Dtype type, int64_t place, Live live, int64_t n,
                  F* buffer) {
   switch (type) {
     case Dtype::f64:
       // double into float: only an anchor of a smaller parameter
       if constexpr (sizeof(F) == 8) {
-        return gather_as(static_cast<const double*>(from) + place, words, n, buffer);
+        return gather_as(static_cast<const double*>(from) + place, live, n, buffer);
       } else {
         return nullptr;  // refused by the checks in cpu.cpp
       }
     case Dtype::f32:
-      return gather_as(static_cast<const float*>(from) + place, words, n, buffer);
+      return gather_as(static_cast<const float*>(from) + place, live, n, buffer);
     case Dtype::bf16:
-      return gather_as(static_cast<const bf16*>(from) + place, words, n, buffer);
+      return gather_as(static_cast<const bf16*>(from) + place, live, n, buffer);
     default:
-      return gather_as(static_cast<const f16*>(from) + place, words, n, buffer);
+      return gather_as(static_cast<const f16*>(from) + place, live, n, buffer);
   }
 }
 
 template <class T, class F>
-inline void scatter_as(const F* from, const uint64_t* words, int64_t n, T* to) {
-  if (words) {
-    scatter_words(from, words, int(n), to);
+inline void scatter_as(const F* from, Live live, int64_t n, T* to) {
+  if (live.words) {
+    scatter_words(from, live.words, int(n), to);
+  } else if (live.places) {
+    for (int64_t j = 0; j < n; ++j) to[live.places[j]] = narrow<T>(from[j]);
   } else {
     convert_back(from, to, n);
   }
 }
 
 template <class F>
-inline void scatter(const F* from, void* to, Dtype type, int64_t place, const uint64_t* words,
+inline void scatter(const F* from, void* to, Dtype type, int64_t place, Live live,
                     int64_t n) {
   switch (type) {
     case Dtype::f64:
-      if constexpr (sizeof(F) == 8) scatter_as(from, words, n, static_cast<double*>(to) + place);
+      if constexpr (sizeof(F) == 8) scatter_as(from, live, n, static_cast<double*>(to) + place);
       return;
     case Dtype::f32:
-      if constexpr (sizeof(F) == 4) scatter_as(from, words, n, static_cast<float*>(to) + place);
+      if constexpr (sizeof(F) == 4) scatter_as(from, live, n, static_cast<float*>(to) + place);
       return;
     case Dtype::bf16:
-      if constexpr (sizeof(F) == 4) scatter_as(from, words, n, static_cast<bf16*>(to) + place);
+      if constexpr (sizeof(F) == 4) scatter_as(from, live, n, static_cast<bf16*>(to) + place);
       return;
     default:
-      if constexpr (sizeof(F) == 4) scatter_as(from, words, n, static_cast<f16*>(to) + place);
+      if constexpr (sizeof(F) == 4) scatter_as(from, live, n, static_cast<f16*>(to) + place);
   }
 }
 

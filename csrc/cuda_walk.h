@@ -200,11 +200,11 @@ struct Hand {
   }
 
   __device__ void store(const AdamwTensor& t, int64_t place, int64_t rank) const {
-    pack_at<P, V>(static_cast<P*>(t.p), place) = p;
-    pack_at<S, V>(static_cast<S*>(t.m), rank) = m;
-    pack_at<S, V>(static_cast<S*>(t.v), rank) = v;
+    put(static_cast<P*>(t.p), place, p);
+    put(static_cast<S*>(t.m), rank, m);
+    put(static_cast<S*>(t.v), rank, v);
     if constexpr (EXTRA) {
-      if (t.v_max) pack_at<S, V>(static_cast<S*>(t.v_max), rank) = v_max;
+      if (t.v_max) put(static_cast<S*>(t.v_max), rank, v_max);
     }
   }
 };

@@ -44,5 +44,22 @@ __device__ inline const Pack<T, V>& pack_at(const T* base, int64_t place) {
   return *reinterpret_cast<const Pack<T, V>*>(base + place);
 }
 
+// A plain assignment of a pack with halves in several branches is compiled to one store per value.
+template <class T, int V>
+__device__ inline void put(T* base, int64_t place, const Pack<T, V>& pack) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(pack) == 16) {
+    uint4 words;
+    memcpy(&words, &pack, 16);
+    return __stwb(reinterpret_cast<uint4*>(base + place), words);
+  } else if constexpr (sizeof(pack) == 8 && V > 1) {
+    uint2 words;
+    memcpy(&words, &pack, 8);
+    return __stwb(reinterpret_cast<uint2*>(base + place), words);
+  }
+#endif
+  *reinterpret_cast<Pack<T, V>*>(base + place) = pack;
+}
+
 }  // namespace
 }  // namespace safeopt

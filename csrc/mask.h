@@ -73,7 +73,17 @@ SAFEOPT_HD uint64_t live_word(const Rule& rule, int64_t i, int n) {
 // The words of a whole block of n <= kBlock elements; divides once.
 SAFEOPT_HD void live_words(const Rule& rule, int64_t i, int n, uint64_t* words) {
   int64_t at = i + rule.offset, unit = at / rule.span % rule.nbits;
-  for (int k = 0; k < n; k += 64) {
+  int k = 0;
+  if (rule.span == 1 && unit % 8 == 0) {  // one bit per element: mostly whole words as they lie
+    const uint8_t* from = rule.bits + unit / 8;
+    uint64_t flip = rule.live_bit ? 0 : ~uint64_t(0);
+    for (; k + 64 <= n && unit + 64 <= rule.nbits; k += 64, unit += 64, from += 8) {
+      memcpy(words + k / 64, from, 8);
+      words[k / 64] ^= flip;
+    }
+    if (unit == rule.nbits) unit = 0;
+  }
+  for (; k < n; k += 64) {
     words[k / 64] = live_word(rule, i + k, n - k < 64 ? n - k : 64, unit);
     if (rule.span == 1) {
       unit += 64;
