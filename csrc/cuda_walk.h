@@ -93,8 +93,8 @@ struct ByRank {
 };
 
 __device__ inline bool aligned(const void* base, int64_t place, int size, int v) {
-  int64_t unit = size * v > 16 ? 16 : size * v;
-  return (int64_t(uintptr_t(base)) + place * size) % unit == 0;
+  int unit = size * v > 16 ? 16 : size * v;  // a power of two
+  return ((uintptr_t(base) + uintptr_t(place) * size) & (unit - 1)) == 0;
 }
 
 __device__ inline int bytes_of(Dtype type) {

@@ -44,18 +44,24 @@ __device__ inline const Pack<T, V>& pack_at(const T* base, int64_t place) {
   return *reinterpret_cast<const Pack<T, V>*>(base + place);
 }
 
-// A plain assignment of a pack with halves in several branches is compiled to one store per value.
+// Written out, since the compiler makes one store per value of a pack put together in branches.
 template <class T, int V>
 __device__ inline void put(T* base, int64_t place, const Pack<T, V>& pack) {
 #ifdef __CUDA_ARCH__
+  uint32_t words[4];
   if constexpr (sizeof(pack) == 16) {
-    uint4 words;
-    memcpy(&words, &pack, 16);
-    return __stwb(reinterpret_cast<uint4*>(base + place), words);
+    memcpy(words, &pack, 16);
+    asm volatile(
+        "st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(base + place)),
+        "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+        : "memory");
+    return;
   } else if constexpr (sizeof(pack) == 8 && V > 1) {
-    uint2 words;
-    memcpy(&words, &pack, 8);
-    return __stwb(reinterpret_cast<uint2*>(base + place), words);
+    memcpy(words, &pack, 8);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(base + place)),
+                 "r"(words[0]), "r"(words[1])
+                 : "memory");
+    return;
   }
 #endif
   *reinterpret_cast<Pack<T, V>*>(base + place) = pack;
