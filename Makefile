@@ -24,7 +24,7 @@ test-all: build         ## both
 lint: $(INSTALLED)      ## the linters that CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/* tests/csrc/*)
 	$(BIN)/typos
 	$(BIN)/mypy
 
