@@ -50,8 +50,7 @@ __attribute__((noinline)) void update(F* __restrict p, const F* __restrict g, F*
 }
 
 template <bool AMSGRAD, class F>
-inline void update(const Columns<F>& c, int64_t n, Ahead ahead, Pull pull,
-                   const Step<F>& s) {
+inline void update(const Columns<F>& c, int64_t n, Ahead ahead, Pull pull, const Step<F>& s) {
   auto call = [&](auto* f) { f(c.p, c.g, c.m, c.v, c.v_max, c.anchor, c.share, n, ahead, s); };
   switch (pull) {
     case Pull::none:
@@ -64,8 +63,7 @@ inline void update(const Columns<F>& c, int64_t n, Ahead ahead, Pull pull,
 }
 
 template <class F>
-inline void update(const Columns<F>& c, int64_t n, Ahead ahead, Pull pull,
-                   const Step<F>& s) {
+inline void update(const Columns<F>& c, int64_t n, Ahead ahead, Pull pull, const Step<F>& s) {
   c.v_max ? update<true>(c, n, ahead, pull, s) : update<false>(c, n, ahead, pull, s);
 }
 
@@ -73,7 +71,7 @@ inline void update(const Columns<F>& c, int64_t n, Ahead ahead, Pull pull,
 // others of a sparse block.
 template <class F>
 inline void update_padded(const Columns<F>& c, int64_t n, Ahead ahead, Pull pull,
-                   const Step<F>& s) {
+                          const Step<F>& s) {
   int64_t full = n / kPad * kPad, rest = n - full;
   if (full) update(c, full, ahead, pull, s);
   if (!rest) return;
@@ -111,7 +109,8 @@ void step_piece(const AdamwTensor& t, const Step<F>& s, int64_t i, int64_t n, in
   if (c.v_max == b.v_max) scatter(b.v_max, t.v_max, t.state_type, rank, all, count);
 }
 
-inline int size_of(Dtype type) { return type == Dtype::f64 ? 8 : type == Dtype::f32 ? 4 : 2; }
+inline int shift_of(Dtype type) { return type == Dtype::f64 ? 3 : type == Dtype::f32 ? 2 : 1; }
+inline int size_of(Dtype type) { return 1 << shift_of(type); }
 
 inline const char* at(const void* data, Dtype type, int64_t i) {
   return static_cast<const char*>(data) + i * size_of(type);
@@ -137,8 +136,8 @@ void step_dense(const AdamwTensor& t, const Step<F>& s, int64_t i, int64_t n, in
   }
 }
 
-// Live elements of sparse blocks, gathered over many of them: their lines are asked for when they
-// enter, since no hardware prefetcher foresees them, and read when the batch is full.
+// Live elements of sparse blocks, gathered over many of them, so that many loads are under way at
+// once and the arithmetic runs in full vectors.
 template <class F>
 class Batch {
  public:
@@ -151,16 +150,16 @@ class Batch {
       first_ = i;
       rank_ = rank;
     }
-    uint64_t words[kBlock / 64];
-    live_words(t_.rule, i, int(n), words);
-    int32_t* end = places_ + size_;
-    auto list = count > kFew ? list_many_places : list_places;
-    for (int64_t k = 0; k < n; k += 64) end = list(words[k / 64], int32_t(i + k - first_), end);
-    const char *p = at(t_.p, t_.p_type), *g = at(t_.g, t_.g_type);
-    int p_size = size_of(t_.p_type), g_size = size_of(t_.g_type);
-    for (int64_t j = size_; j < size_ + count; ++j) {
-      __builtin_prefetch(p + int64_t(places_[j]) * p_size, 1);
-      __builtin_prefetch(g + int64_t(places_[j]) * g_size, 0);
+    list(i, n, count);
+    if (count > kFew) {
+      // Where lines lie so close, the processor gets too few of them under way on its own. (In a
+      // function of its own this would go: to the compiler it does nothing.)
+      const char *p = at(t_.p, t_.p_type, first_), *g = at(t_.g, t_.g_type, first_);
+      const int p_shift = shift_of(t_.p_type), g_shift = shift_of(t_.g_type);
+      for (int64_t j = size_; j < size_ + count; ++j) {
+        __builtin_prefetch(p + (int64_t(places_[j]) << p_shift), 1);
+        __builtin_prefetch(g + (int64_t(places_[j]) << g_shift), 0);
+      }
     }
     size_ += count;
   }
@@ -171,11 +170,22 @@ class Batch {
   }
 
  private:
+  void list(int64_t i, int64_t n, int64_t count) {
+    uint64_t words[kBlock / 64] = {};
+    live_words(t_.rule, i, int(n), words);
+    int32_t *to = places_ + size_, base = int32_t(i - first_);
+    if (count > kFew) {
+      for (int k = 0; k < kBlock / 64; ++k) to = list_many_places(words[k], base + 64 * k, to);
+    } else {
+      for (uint32_t left = filled(words); left; left &= left - 1) {
+        int k = __builtin_ctz(left);
+        to = list_places(words[k], base + 64 * k, to);
+      }
+    }
+  }
+
   static constexpr int64_t kFew = 32;         // live elements of a block with mostly empty words
   static constexpr int64_t kReach = 1 << 30;  // what an int32 place can hold
-  const char* at(const void* data, Dtype type) const {
-    return static_cast<const char*>(data) + first_ * size_of(type);
-  }
 
   const AdamwTensor& t_;
   const Step<F>& s_;

@@ -99,19 +99,19 @@ inline void step_lanes(const AdamwTensor& t, int64_t i, int64_t n, int64_t rank,
   auto row = [](const void* data, int64_t place) {
     return data ? static_cast<float*>(const_cast<void*>(data)) + place : nullptr;
   };
-  Rows rows = {row(t.p, i),  row(t.m, rank),   row(t.v, rank),  row(t.v_max, rank),
+  Rows rows = {row(t.p, i), row(t.m, rank),   row(t.v, rank), row(t.v_max, rank),
                row(t.g, i), row(t.anchor, i), row(t.share, i)};
   const Step<Lanes> s = narrowed<Lanes>(t.step);
   switch (t.pull) {
     case Pull::none:
       return (t.v_max ? step_lanes<true, Pull::none> : step_lanes<false, Pull::none>)(rows, n,
-                                                                                     words, s);
+                                                                                      words, s);
     case Pull::coupled:
-      return (t.v_max ? step_lanes<true, Pull::coupled> : step_lanes<false, Pull::coupled>)(
-          rows, n, words, s);
+      return (t.v_max ? step_lanes<true, Pull::coupled>
+                      : step_lanes<false, Pull::coupled>)(rows, n, words, s);
     case Pull::decoupled:
-      return (t.v_max ? step_lanes<true, Pull::decoupled> : step_lanes<false, Pull::decoupled>)(
-          rows, n, words, s);
+      return (t.v_max ? step_lanes<true, Pull::decoupled>
+                      : step_lanes<false, Pull::decoupled>)(rows, n, words, s);
   }
 }
 

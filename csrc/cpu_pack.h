@@ -46,13 +46,13 @@ inline void for_runs(uint64_t word, Run run) {
 // The places of the set bits, counted from `base`; may write kPad entries too many.
 inline int32_t* list_places(uint64_t word, int32_t base, int32_t* to) {
   int32_t* end = to + __builtin_popcountll(word);
-  // Four without asking: whether a sparse word has one bit or two no processor can predict.
+  // Two without asking: whether a sparse word has one bit or two no processor can predict.
   do {
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 2; ++j) {
       to[j] = base + (word ? __builtin_ctzll(word) : 0);
       word &= word - 1;
     }
-    to += 4;
+    to += 2;
   } while (to < end);
   return end;
 }
@@ -69,7 +69,16 @@ inline int32_t* list_many_places(uint64_t word, int32_t base, int32_t* to) {
   }
   return to;
 }
-inline __m512 load16(const float* from, __mmask16 live) { return _mm512_maskz_loadu_ps(live, from); }
+
+// Bit k is set where words[k] is not zero, for k < 16.
+inline uint32_t filled(const uint64_t* words) {
+  __m512i low = _mm512_loadu_si512(words), high = _mm512_loadu_si512(words + 8);
+  return _mm512_test_epi64_mask(low, low) | uint32_t(_mm512_test_epi64_mask(high, high)) << 8;
+}
+
+inline __m512 load16(const float* from, __mmask16 live) {
+  return _mm512_maskz_loadu_ps(live, from);
+}
 inline __m512 load16(const bf16* from, __mmask16 live) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -137,10 +146,19 @@ constexpr bool kWide = false;
 inline int32_t* list_many_places(uint64_t word, int32_t base, int32_t* to) {
   return list_places(word, base, to);
 }
+inline uint32_t filled(const uint64_t* words) {
+  uint32_t set = 0;
+  for (int k = 0; k < 16; ++k) set |= uint32_t(words[k] != 0) << k;
+  return set;
+}
 template <class T, class F>
-inline int gather_word(const T*, uint64_t, F*) { return 0; }
+inline int gather_word(const T*, uint64_t, F*) {
+  return 0;
+}
 template <class T, class F>
-inline int scatter_word(const F*, uint64_t, T*) { return 0; }
+inline int scatter_word(const F*, uint64_t, T*) {
+  return 0;
+}
 #endif
 
 template <class F, class T>
@@ -193,8 +211,7 @@ inline F* gather_as(const T* from, Live live, int64_t n, F* buffer) {
 }
 
 template <class F>
-inline F* gather(const void* from, Dtype type, int64_t place, Live live, int64_t n,
-                 F* buffer) {
+inline F* gather(const void* from, Dtype type, int64_t place, Live live, int64_t n, F* buffer) {
   switch (type) {
     case Dtype::f64:
       // double into float: only an anchor of a smaller parameter
@@ -224,8 +241,7 @@ inline void scatter_as(const F* from, Live live, int64_t n, T* to) {
 }
 
 template <class F>
-inline void scatter(const F* from, void* to, Dtype type, int64_t place, Live live,
-                    int64_t n) {
+inline void scatter(const F* from, void* to, Dtype type, int64_t place, Live live, int64_t n) {
   switch (type) {
     case Dtype::f64:
       if constexpr (sizeof(F) == 8) scatter_as(from, live, n, static_cast<double*>(to) + place);

@@ -72,7 +72,8 @@ SAFEOPT_HD uint64_t live_word(const Rule& rule, int64_t i, int n) {
 
 // The words of a whole block of n <= kBlock elements; divides once.
 SAFEOPT_HD void live_words(const Rule& rule, int64_t i, int n, uint64_t* words) {
-  int64_t at = i + rule.offset, unit = at / rule.span % rule.nbits;
+  int64_t at = i + rule.offset, unit = at;
+  if (rule.span != 1 || at >= rule.nbits) unit = at / rule.span % rule.nbits;  // slow
   int k = 0;
   if (rule.span == 1 && unit % 8 == 0) {  // one bit per element: mostly whole words as they lie
     const uint8_t* from = rule.bits + unit / 8;

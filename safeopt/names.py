@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ PARTS = {
 }  # fmt: skip
 
 
+@lru_cache(maxsize=1 << 16)
 def canonical(name: str) -> str:
     """The name a parameter has in the bare model, without the components that wrappers add.
 

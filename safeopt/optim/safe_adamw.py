@@ -120,13 +120,14 @@ class SafeAdamW(torch.optim.AdamW):
             partly: list[list[Any]] = [[] for _ in range(11)]
             has_complex = self._init_group(group, *whole, *partly)
             options = self._options(group)
-            adam(
-                *whole,
-                has_complex=has_complex,
-                differentiable=group["differentiable"],
-                decoupled_weight_decay=True,
-                **options,
-            )
+            if whole[0]:
+                adam(
+                    *whole,
+                    has_complex=has_complex,
+                    differentiable=group["differentiable"],
+                    decoupled_weight_decay=True,
+                    **options,
+                )
             self._step_partly_live(partly, group["differentiable"], options)
         return loss
 
@@ -236,6 +237,9 @@ class SafeAdamW(torch.optim.AdamW):
             parameters = rows[0]
             for k in range(5):
                 rows[k] = [torch.view_as_real(t) if t.is_complex() else t for t in rows[k]]
+            if torch.compiler.is_compiling():
+                # Tracing claims capturable for every group, also on the CPU, where it cannot be.
+                options = {**options, "capturable": device.type != "cpu"}
             kernel(*rows, [], [], self._live.live_bit, **options)
             if not torch.compiler.is_compiling():  # compiled graphs see to it themselves
                 torch.autograd.graph.increment_version(parameters)
