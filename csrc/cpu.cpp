@@ -4,25 +4,44 @@
 
 #include <algorithm>
 #include <atomic>
+#include <string>
 
 #include "launch.h"
 
 namespace safeopt {
 
-const CpuKernels& cpu_kernels() {
+namespace {
+
+bool runs(const CpuKernels& kernels) {
 #ifdef SAFEOPT_X86
-  static const CpuKernels& best = [&]() -> const CpuKernels& {
-    auto has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                  __builtin_cpu_supports("bmi2");
-    if (has512) return cpu_avx512;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") ? cpu_avx2 : cpu_base;
-  }();
-  return best;
-#else
-  return cpu_base;
+  if (&kernels == &cpu_avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           runs(cpu_avx2);
+  if (&kernels == &cpu_avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("f16c");
 #endif
+  return &kernels == &cpu_base;
 }
+
+const CpuKernels* all_kernels[] = {
+#ifdef SAFEOPT_X86
+    &cpu_avx512, &cpu_avx2,
+#endif
+    &cpu_base};
+
+const CpuKernels* best() {
+  for (const CpuKernels* kernels : all_kernels)
+    if (runs(*kernels)) return kernels;
+  return &cpu_base;
+}
+
+const CpuKernels* chosen = best();
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() { return *chosen; }
 
 namespace {
 
@@ -74,6 +93,7 @@ void adamw_step(const AdamwArguments& a) {
     STD_TORCH_CHECK(live == t.states, "exp_avg has ", t.states, " values for ", live,
                     " live elements");
   }
+  for (const Tensor& step : a.steps) number_in(step, "a step count");  // all, before one is raised
   for (size_t i = 0; i < call.tensors.size(); ++i) {
     AdamwTensor& t = call.tensors[i];
     t.step = step_of<double>(advance(a.steps[i]), lr, a.beta1, a.beta2, a.weight_decay, a.eps,
@@ -90,6 +110,16 @@ STABLE_TORCH_LIBRARY_IMPL(safeopt, CPU, m) {
 
 }  // namespace safeopt
 
-extern "C" __attribute__((visibility("default"))) const char* safeopt_cpu_isa() {
-  return safeopt::cpu_kernels().isa;
+#define SAFEOPT_EXPORT extern "C" __attribute__((visibility("default")))
+
+SAFEOPT_EXPORT const char* safeopt_cpu_isa() { return safeopt::cpu_kernels().isa; }
+
+// For tests: chooses another instruction set; false if there is none of that name on this machine.
+SAFEOPT_EXPORT bool safeopt_use_cpu_isa(const char* isa) {
+  for (const safeopt::CpuKernels* kernels : safeopt::all_kernels) {
+    if (!safeopt::runs(*kernels) || std::string(kernels->isa) != isa) continue;
+    safeopt::chosen = kernels;
+    return true;
+  }
+  return false;
 }

@@ -66,7 +66,10 @@ def test_loading_into_another_dtype_casts_as_torch_does(dtype: torch.dtype) -> N
         models.append(model)
         if masks:
             frozen_at = before
-    assert_matches_adamw(*models, frozen_at, mask)
+    # The first three steps were in float32: its rounding is in the state.
+    assert_matches_adamw(
+        *models, frozen_at, mask, min(dtype, torch.float32, key=lambda d: d.itemsize)
+    )
 
 
 def test_a_plain_adamw_state_is_compacted_on_load() -> None:
