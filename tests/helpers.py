@@ -152,7 +152,7 @@ def rounding(dtype: torch.dtype, fused: bool = False) -> tuple[float, float]:
 def assert_moves_as(
     actual: Tensor, expected: Tensor, fused: bool = False, dtype: torch.dtype | None = None
 ) -> None:
-    """Live elements against torch's AdamW: see `rounding`; `dtype` if some steps were in another."""
+    """Live elements against torch's AdamW (`rounding`); `dtype` if some steps were in another."""
     rtol, atol = rounding(dtype or expected.dtype, fused)
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
     assert rtol or same_bits(actual, expected)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import TOL, same_bits
+from kernel_cases import OP, OPTIONS, SHAPES, TYPE_IDS, TYPES, Case, assert_close, masks, rand
 from reference import masked_adamw
-from step_cases import OP, OPTIONS, SHAPES, TYPE_IDS, TYPES, Case, assert_close, masks, rand
 
 from safeopt import ops
 from safeopt.mask import BitMask

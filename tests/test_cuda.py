@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import HYPER, TOL, Bag, random_mask, same_bits, set_grads
+from kernel_cases import OP, OPTIONS, SHAPES, TYPE_IDS, TYPES, Case, assert_close, masks
 from reference import masked_adamw
-from step_cases import OP, OPTIONS, SHAPES, TYPE_IDS, TYPES, Case, assert_close, masks
 
 from safeopt import SafeAdamW, ops
 from safeopt.ops.library import status

@@ -203,6 +203,31 @@ def test_compiled_step_equals_eager(masked: bool) -> None:
     assert a.state.keys() != {} and len(a.state) == len(b.state)
 
 
+@pytest.mark.parametrize("lr", [3e-3, torch.tensor(3e-3)], ids=["float", "tensor"])
+@pytest.mark.parametrize("role", ["freeze", "train"])
+def test_a_masked_step_compiles_without_a_graph_break(role: str, lr: float) -> None:
+    """Without torch's two wrappers of every step, at which any optimizer's graph breaks."""
+    start, mask = Bag(), random_mask(Bag())
+    some = SafetyMask({name: mask[name] for name in list(mask)[2:]})  # two parameters are whole
+    hyper = {**HYPER, "lr": lr, "amsgrad": True, role: some}
+    model = copy.deepcopy(start)
+    optimizer = SafeAdamW(model.named_parameters(), **hyper)
+    torch._dynamo.reset()
+    torch._dynamo.eval_frame.TorchPatcher.patch()
+    step = torch.compile(
+        lambda: SafeAdamW.step.__wrapped__.__wrapped__(optimizer),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    with torch.no_grad():
+        for k in range(4):
+            set_grads(model, k)
+            step()
+    eager, _ = run(start, lambda p: SafeAdamW(p, **hyper), steps=4)
+    for name, p in eager.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_compiled_unmasked_step_is_torchs_under_inductor() -> None:
     start = Two()

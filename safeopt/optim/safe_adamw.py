@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from safeopt.mask import SafetyMask
 from safeopt.optim.live import LiveSet
 from safeopt.optim.loading import MOMENTS, fit
 
+SixLists: TypeAlias = tuple[list[Any], list[Any], list[Any], list[Any], list[Any], list[Any]]
+
 
 class SafeAdamW(torch.optim.AdamW):
     """AdamW that never moves the critical weights (`freeze=`), or moves only them (`train=`).
@@ -25,11 +27,14 @@ class SafeAdamW(torch.optim.AdamW):
     as under AdamW, and state is kept for live elements only: a partly live parameter has 1-D
     moments of one value per live element, a wholly frozen one has no state.
 
-    Live elements too are bit-identical to AdamW's, with one exception: on CPU, `fused=True` with
-    float32 or float64 parameters can differ in the last bit. Torch's fused CPU kernel rounds the
-    elements behind the last full vector of a tensor otherwise than the rest, and an element has
-    another place among the live ones than in the whole tensor
-    (`test_law_3_fused_on_cpu_differs_only_by_rounding`).
+    Live elements too are bit-identical to AdamW's where plain torch does the step, with one
+    exception: on CPU, `fused=True` with float32 or float64 parameters can differ in the last bit.
+    Torch's fused CPU kernel rounds the elements behind the last full vector of a tensor otherwise
+    than the rest, and an element has another place among the live ones than in the whole tensor
+    (`test_law_3_fused_on_cpu_differs_only_by_rounding`). Compiled kernels (`safeopt env` says
+    whether they run) differ from AdamW by rounding, whatever `foreach` and `fused` say: a few units
+    in the last place of float32. Parameters of 16 bits they compute in float32 and round once,
+    where torch rounds after every operation.
 
     Args:
         params: as for AdamW; when a mask is given, `model.named_parameters()` or groups of
@@ -116,7 +121,7 @@ class SafeAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            whole: list[list[Any]] = [[] for _ in range(6)]
+            whole: SixLists = ([], [], [], [], [], [])
             partly: list[list[Any]] = [[] for _ in range(11)]
             has_complex = self._init_group(group, *whole, *partly)
             options = self._options(group)
