@@ -1,0 +1,219 @@
+"""C for one matrix: what of a change lies along the alignment direction, without d x d products.
+
+V = W_aligned - W_unaligned, float32, of shape (out, in), or (experts, out, in): then every line
+below holds for each expert by itself. C is symmetric and acts on the left, on the `out` side.
+
+    safelora   C = V V^T / ||V||_F         AsFT's code and Safe LoRA (arXiv 2506.08473, 2405.16833)
+    subspace   C = U_k U_k^T               U_k: top k left singular vectors of V; a true projector
+    vector     C = v v^T on vec(delta)     v = vec(V) / ||V||_F; a true projector
+
+The exact projector of AsFT's Eq. 3, V (V^T V)^-1 V^T, is none of them: see `EXACT_IS_IDENTITY`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+KINDS = ("safelora", "subspace", "vector")
+EXACT_IS_IDENTITY = (
+    "the exact projector V (V^T V)^-1 V^T of AsFT's Eq. 3 is the identity on square or wide"
+    " matrices, where V has full row rank, so that its penalty is 0 whatever training does"
+)
+SMALL = 512  # up to this width the whole SVD is taken; above it, a randomised one
+OVERSAMPLE, POWERS = 16, 6
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """C of one matrix, or of each of a stack, in the form that needs least memory.
+
+    form: what `basis` and `gains` are, float32, with the experts in front where there are any:
+        "factors"  Q (out, k), orthonormal, and c (k,): C = Q diag(c) Q^T
+        "gram"     V (out, in) and 1 / ||V||_F (1,): C = V V^T / ||V||_F
+        "dense"    C itself (out, out), no gains; held where out <= in, so never larger than V
+        "vector"   v (out, in) of norm 1, and 1 (1,)
+    shape: of the weight.
+    stats: one number per expert, or one: `norm` ||V||_F; `largest` eigenvalue and `trace` of C;
+        `rank`, the most that the rank of C can be; `captured`, the share of ||V||_F^2 that the
+        factors hold. Where V = 0, C = 0.
+    """
+
+    form: str
+    shape: torch.Size
+    basis: Tensor
+    gains: Tensor | None
+    stats: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, V: Tensor, kind: str, rank: int | None, seed: int) -> Operator:
+        """C of a difference; kind is one of `KINDS`, rank as `AlignmentDirection.between` says."""
+        norm = torch.linalg.vector_norm(V, dim=(-2, -1))
+        inverse = torch.where(norm > 0, 1 / norm, 0.0)
+        if kind == "vector":
+            one = (norm > 0).to(V.dtype)
+            counted = (norm, one, one, one, torch.ones_like(norm))
+            return cls._with("vector", V, V * inverse[..., None, None], one[..., None], *counted)
+        if rank is None:
+            largest = leading(V, 1, seed)[1][..., 0].square() * inverse
+            least = norm.new_full(norm.shape, min(V.shape[-2:])) * (norm > 0)
+            counted = (norm, largest, norm, least, torch.ones_like(norm))
+            if V.shape[-2] <= V.shape[-1]:
+                return cls._with("dense", V, V @ V.mT * inverse[..., None, None], None, *counted)
+            return cls._with("gram", V, V.clone(), inverse[..., None], *counted)
+        U, s = leading(V, rank, seed)
+        # Singular values that are rounding only have no direction: any basis would do for them.
+        real = s > s[..., :1] * torch.finfo(s.dtype).eps * max(V.shape[-2:])
+        gains = s.square() * inverse[..., None] if kind == "safelora" else torch.ones_like(s)
+        gains = gains * real
+        captured = torch.where(norm > 0, s.square().sum(-1) * inverse.square(), 1.0).clamp(max=1)
+        counted = (norm, gains.amax(-1), gains.sum(-1), real.sum(-1), captured)
+        return cls._with("factors", V, U, gains, *counted)
+
+    @classmethod
+    def _with(
+        cls, form: str, V: Tensor, basis: Tensor, gains: Tensor | None, *counted: Tensor
+    ) -> Operator:
+        keys = ("norm", "largest", "trace", "rank", "captured")
+        stats = {
+            key: value.reshape(-1).double().tolist()
+            for key, value in zip(keys, counted, strict=True)
+        }
+        return cls(form, V.shape, basis, gains, stats)
+
+    def to(self, device: torch.device | str) -> Operator:
+        """The same operator on a device."""
+        gains = None if self.gains is None else self.gains.to(device)
+        return replace(self, basis=self.basis.to(device), gains=gains)
+
+    def apply(self, delta: Tensor) -> Tensor:
+        """C delta; delta has the weight's shape, or another number of columns but for "vector"."""
+        with _full_precision(delta.device):
+            return self._times(_raised(delta), self.gains)
+
+    def penalty(self, delta: Tensor) -> Tensor:
+        """||(I - C) delta||_F^2, 0-d, summed over experts; differentiable in delta."""
+        with _full_precision(delta.device):
+            delta = _raised(delta)
+            return (delta - self._times(delta, self.gains)).square().sum()
+
+    def gradient(self, delta: Tensor) -> Tensor:
+        """2 (I - C)^2 delta: of `penalty`, whose value is half the inner product with delta."""
+        with _full_precision(delta.device):
+            delta = _raised(delta)
+            if self.form in ("factors", "vector"):
+                # One pass: for an orthonormal basis (I - C)^2 = I - Q diag(2 c - c^2) Q^T.
+                assert self.gains is not None
+                return 2 * (delta - self._times(delta, 2 * self.gains - self.gains.square()))
+            across = delta - self._times(delta, self.gains)
+            return 2 * (across - self._times(across, self.gains))
+
+    def penalty_lora(self, B: Tensor, A: Tensor, scale: float) -> Tensor:
+        """`penalty` of scale * B A, B (out, r) and A (r, in), without forming B A."""
+        with _full_precision(B.device):
+            B, A = _raised(B), _raised(A)
+            X = B if self.form == "vector" else B - self._times(B, self.gains)
+            value = ((X.mT @ X) * (A @ A.mT)).sum((-2, -1))
+            if self.form == "vector":
+                assert self.gains is not None
+                along = ((self.basis.to(B.dtype).mT @ B) * A.mT).sum((-2, -1))
+                # A difference of squares: rounding must not make a penalty negative.
+                value = (value - self.gains[..., 0] * along.square()).clamp(min=0)
+            return scale**2 * value.sum()
+
+    def random_like(self, seed: int) -> Operator:
+        """An operator with these eigenvalues and random eigenvectors (for "vector", random v)."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(self.basis.shape, generator=generator).to(self.basis)
+        if self.form == "vector":
+            norm = torch.linalg.vector_norm(drawn, dim=(-2, -1), keepdim=True)
+            return replace(self, basis=drawn / norm)
+        Q, R = torch.linalg.qr(drawn)
+        Q = Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # else Q would not be uniform
+        if self.form == "dense":
+            Q = Q @ self.basis @ Q.mT
+        elif self.form == "gram":
+            Q = Q @ torch.linalg.qr(self.basis).R
+        return replace(self, basis=Q)
+
+    def _times(self, x: Tensor, gains: Tensor | None) -> Tensor:
+        basis = self.basis.to(x.dtype)
+        if gains is None:
+            return basis @ x
+        if self.form == "vector":
+            return basis * ((basis * x).sum((-2, -1), keepdim=True) * gains[..., None])
+        return basis @ (gains[..., None] * (basis.mT @ x))
+
+
+def leading(V: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The top k left singular vectors (..., out, k) and singular values (..., k) of V.
+
+    Exact up to a width of `SMALL`, or where k is most of the width. Above, by randomised subspace
+    iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4) with a generator
+    of its own: the global one is neither read nor moved. Values found so are never too large.
+    """
+    out, width = V.shape[-2:]
+    if min(out, width) <= SMALL or 2 * (k + OVERSAMPLE) >= min(out, width):
+        U, s, _ = torch.linalg.svd(V, full_matrices=False)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(width, k + OVERSAMPLE, generator=generator).to(V)
+        Q = torch.linalg.qr(V @ start).Q
+        for _ in range(POWERS):
+            Q = torch.linalg.qr(V.mT @ Q).Q
+            Q = torch.linalg.qr(V @ Q).Q
+        inner, s, _ = torch.linalg.svd(Q.mT @ V, full_matrices=False)
+        U = Q @ inner
+    return U[..., :k].clone(memory_format=torch.contiguous_format), s[..., :k].clone()
+
+
+def mixed(seed: int, name: str) -> int:
+    """A seed for one matrix: random directions of equal shapes must not be the same one."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
+def _raised(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def require_kind(kind: str, rank: int | None) -> None:
+    """ValueError unless kind is one of `KINDS` and rank is what it takes; "exact" says why not."""
+    if kind == "exact":
+        raise ValueError(
+            f"operator='exact' is refused: {EXACT_IS_IDENTITY}; choose 'subspace' with a rank"
+        )
+    if kind not in KINDS:
+        raise ValueError(f"operator={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank={rank!r}; give a whole number of at least 1, or None")
+    if kind == "vector" and rank is not None:
+        raise ValueError(f"rank={rank} with operator='vector', which has rank 1; leave rank out")
+    if kind == "subspace" and rank is None:
+        raise ValueError(
+            f"operator='subspace' needs rank=, such as 32; without, {EXACT_IS_IDENTITY}"
+        )
+
+
+def require_rank(name: str, shape: torch.Size, kind: str, rank: int | None) -> None:
+    """ValueError, naming the matrix, unless it has singular vectors for this rank."""
+    out, width = shape[-2:]
+    if rank is not None and rank > min(out, width):
+        raise ValueError(
+            f"rank={rank} is larger than {name!r} ({out} x {width}); give at most"
+            f" {min(out, width)}, or leave small matrices out with parameters="
+        )
+    if kind == "subspace" and rank == out:
+        raise ValueError(
+            f"rank={rank} is all of {name!r} ({out} x {width}), and the projector on everything is"
+            f" the identity; give at most {out - 1}"
+        )
