@@ -12,17 +12,21 @@ if _find_spec("safeopt.gp_opt") is not None:
 import safeopt.evaluate as evaluate
 import safeopt.methods as methods
 from safeopt._version import __version__
+from safeopt.direction import AlignmentDirection
 from safeopt.mask import BitMask, SafetyMask
 from safeopt.optim import SafeAdamW, hold
+from safeopt.penalty import asft_penalty
 from safeopt.scores import Scores, score
 from safeopt.selection import select
 
 __all__ = [
+    "AlignmentDirection",
     "BitMask",
     "SafeAdamW",
     "SafetyMask",
     "Scores",
     "__version__",
+    "asft_penalty",
     "evaluate",
     "hold",
     "methods",

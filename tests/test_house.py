@@ -24,11 +24,16 @@ ALLOWED = {
     "bitmask": "",
     "mask": "artifact names bitmask",
     "targets": "names",
+    "weights": "names",
+    "pair": "artifact names targets weights",
+    "operators": "",
+    "direction": "artifact names operators pair weights",
+    "penalty": "direction names",
     "scores": "artifact names ops",
     "selection": "mask ops scores",
     "methods": "artifact names scores targets",
     "ops": "bitmask",
-    "optim": "mask names ops",
+    "optim": "artifact mask names ops scores",
     "data": "",
     "checkpoint": "artifact data",
     "train": "checkpoint data",
@@ -42,7 +47,7 @@ ALLOWED = {
     "cli": "_version compare data environment evaluate integrations mask methods ops optim"
     " organism report scores selection train safeopt",
     "__main__": "cli",
-    "__init__": "_version evaluate mask methods optim scores selection",
+    "__init__": "_version direction evaluate mask methods optim penalty scores selection",
 }
 
 
@@ -105,11 +110,13 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 
 def test_public_names() -> None:
     assert safeopt.__all__ == [
+        "AlignmentDirection",
         "BitMask",
         "SafeAdamW",
         "SafetyMask",
         "Scores",
         "__version__",
+        "asft_penalty",
         "evaluate",
         "hold",
         "methods",
