@@ -21,8 +21,16 @@ def masked_adamw(
     weight_decay: float,
     amsgrad: bool = False,
     maximize: bool = False,
+    anchor: Sequence[float] | None = None,
+    shares: Sequence[float] | None = None,
+    strength: float = 0.0,
+    decoupled: bool = False,
 ) -> list[float]:
-    """The values after one step per entry of `grads`; entries that are not live stay."""
+    """The values after one step per entry of `grads`; entries that are not live stay.
+
+    With an `anchor` a, the penalty strength * s (theta - a)^2 acts: its gradient is added to g, or,
+    decoupled, at most the whole way to a is taken off beside the decay.
+    """
     theta = list(theta)
     beta1, beta2 = betas
     for i in range(len(theta)):
@@ -31,7 +39,12 @@ def masked_adamw(
         m = v = v_max = 0.0
         for t, g in enumerate(grads, start=1):
             g_t = -g[i] if maximize else g[i]
+            pull = 2 * strength * (shares[i] if shares else 1.0)
+            if anchor and not decoupled:
+                g_t += pull * (theta[i] - anchor[i])
             theta[i] -= lr * weight_decay * theta[i]
+            if anchor and decoupled:
+                theta[i] -= min(1.0, lr * pull) * (theta[i] - anchor[i])
             m = beta1 * m + (1 - beta1) * g_t
             v = beta2 * v + (1 - beta2) * g_t * g_t
             v_max = max(v_max, v)

@@ -103,25 +103,7 @@ class LiveSet:
             ValueError: parameters without names, or fewer or more of them than names.
             NotImplementedError: sharded parameters (DTensor).
         """
-        names, params = group.get("param_names"), group["params"]
-        if names is None:
-            raise ValueError(
-                f"{self.argument}= matches parameters by name, and these have none: pass"
-                " model.named_parameters() in place of model.parameters(), or groups whose"
-                " 'params' is a list of (name, parameter) pairs"
-            )
-        if len(names) != len(params):
-            raise ValueError(
-                f"the group has {len(params)} parameters and {len(names)} names: something replaced"
-                " its parameters (DeepSpeed and FSDP1 flatten them). A mask needs the original"
-                " ones: use DDP or one process"
-            )
-        for name, param in zip(map(canonical, names), params, strict=True):
-            if hasattr(param, "device_mesh"):
-                raise NotImplementedError(
-                    f"{self.argument}= does not rule sharded parameters yet, and {name!r} is a"
-                    " DTensor: train this model with DDP or in one process"
-                )
+        for name, param in named(group, self.argument):
             yield name, param, self.count(name, param)
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -160,3 +142,48 @@ class LiveSet:
                 mask = self._mask[name] if self.live_bit else ~self._mask[name]
                 sha.update(mask.to("cpu").to_weights().bits.numpy().data)
         return sha.hexdigest()
+
+
+class AllLive:
+    """The rule of a wholly live parameter, where the op steps it too: one bit for all of it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.device, bool], tuple[Tensor, Tensor]] = {}
+
+    def columns(self, param: Tensor, live_bit: bool) -> tuple[Tensor, Tensor, int, int, int]:
+        """(bits, starts, span, nbits, offset), as `LiveSet.columns`."""
+        key = (param.numel(), param.device, live_bit)
+        if key not in self._known:
+            bits = torch.tensor([int(live_bit)], dtype=torch.uint8)
+            starts = ops.live_starts(param.numel(), bits, 1, 1, 0, live_bit)
+            self._known[key] = bits.to(param.device), starts.to(param.device)
+        return *self._known[key], 1, 1, 0
+
+
+def named(group: dict[str, Any], argument: str) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, parameter) of each parameter of a group, in order.
+
+    Raises:
+        ValueError: parameters without names, or fewer or more of them than names.
+        NotImplementedError: sharded parameters (DTensor).
+    """
+    names, params = group.get("param_names"), group["params"]
+    if names is None:
+        raise ValueError(
+            f"{argument}= matches parameters by name, and these have none: pass"
+            " model.named_parameters() in place of model.parameters(), or groups whose 'params' is"
+            " a list of (name, parameter) pairs"
+        )
+    if len(names) != len(params):
+        raise ValueError(
+            f"the group has {len(params)} parameters and {len(names)} names: something replaced its"
+            f" parameters (DeepSpeed and FSDP1 flatten them). {argument}= needs the original ones:"
+            " use DDP or one process"
+        )
+    for name, param in zip(map(canonical, names), params, strict=True):
+        if hasattr(param, "device_mesh"):
+            raise NotImplementedError(
+                f"{argument}= does not rule sharded parameters yet, and {name!r} is a DTensor:"
+                " train this model with DDP or in one process"
+            )
+        yield name, param

@@ -1,28 +1,31 @@
-"""SafeAdamW: torch's AdamW with elements that never move, or elements that alone move."""
+"""SafeAdamW: torch's AdamW with elements that never move, elements that alone move, and elements
+that are drawn to where they started.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.optimizer import ParamsT, _get_scalar_dtype, _use_grad_for_differentiable
+from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from safeopt import ops
 from safeopt.mask import SafetyMask
-from safeopt.optim.live import LiveSet
-from safeopt.optim.loading import MOMENTS, fit
-
-SixLists: TypeAlias = tuple[list[Any], list[Any], list[Any], list[Any], list[Any], list[Any]]
+from safeopt.optim.anchor import ALONE, Anchor, Mode, Shares, check_options
+from safeopt.optim.calls import COLUMNS, SixLists, adam_options, step_columns, step_whole
+from safeopt.optim.live import LiveSet, named
+from safeopt.optim.loading import DIGESTS, OPTIONS, fit, settle
+from safeopt.optim.rows import row
+from safeopt.optim.starting_values import Source
 
 
 class SafeAdamW(torch.optim.AdamW):
-    """AdamW that never moves the critical weights (`freeze=`), or moves only them (`train=`).
+    """AdamW with weights that never move (`freeze=`), that alone move (`train=`), and that are
+    drawn to their starting values (`anchor=`).
 
-    Without a mask it is `torch.optim.AdamW`, bit for bit. With one, frozen elements keep their
+    Without these it is `torch.optim.AdamW`, bit for bit. With a mask, frozen elements keep their
     exact bits whatever decay, momentum, scaler, clipping or learning rate do, live elements move
     as under AdamW, and state is kept for live elements only: a partly live parameter has 1-D
     moments of one value per live element, a wholly frozen one has no state.
@@ -36,23 +39,43 @@ class SafeAdamW(torch.optim.AdamW):
     in the last place of float32. Parameters of 16 bits they compute in float32 and round once,
     where torch rounds after every operation.
 
+    An anchor is a soft mask: the penalty lambda * sum over i of s_i (p_i - a_i)^2, with a the
+    starting values, s the shares and lambda the `anchor_strength`. It acts on live elements, once
+    per step, whatever gradient accumulation and clipping do. "coupled" adds its gradient
+    2 lambda s (p - a) to the loss's; "decoupled" takes min(1, lr 2 lambda s) of the way to a off
+    beside the weight decay: no step goes past a, at any strength. Checkpoints hold a, unless
+    `anchor_values` are given again; `group["anchor_strength"]` may be changed as `lr` may.
+
     Args:
-        params: as for AdamW; when a mask is given, `model.named_parameters()` or groups of
-            (name, parameter) pairs, since masks match by name.
+        params: as for AdamW; with a mask or an anchor, `model.named_parameters()` or groups of
+            (name, parameter) pairs, since both match by name.
         lr, betas, eps, weight_decay, amsgrad: as for AdamW.
         freeze: selected elements never move; parameters the mask does not name are live (SPA).
         train: only selected elements move; parameters the mask does not name are frozen (SET).
+        anchor: s. `Scores` are scaled to mean 1 over the weights they name, and parameters they do
+            not name are not pulled; a `SafetyMask` is 1 where it selects, else 0; "uniform" is 1
+            for every weight (L2-SP). Costs 4 bytes per weight, "uniform" none.
+        anchor_strength: lambda, 0 or more; 0 changes nothing and keeps nothing.
+        anchor_mode: "coupled" or "decoupled".
+        anchor_values: a. None copies the parameters as they are now, on their device and in their
+            dtype: load the weights first. "cpu" keeps the copy in CPU memory and streams it. The
+            folder of a model maps its safetensors files, without a copy; a mapping from name to
+            tensor is used as it is. Shares lie beside the values.
         maximize, foreach, capturable, differentiable, fused: as for AdamW.
 
     Raises:
-        TypeError: a mask is not a `SafetyMask`.
-        ValueError: both masks; parameters without names; a mask name that matches no parameter; a
-            mask of another shape; trainable LoRA adapters; on loading, the state of other
-            parameters or of another mask.
-        NotImplementedError: a mask with sharded parameters (DTensor).
+        TypeError: a mask or an anchor of another type; an anchor for complex parameters.
+        ValueError: both masks; parameters without names; names that match no parameter; another
+            shape; trainable LoRA adapters that a mask or scores do not name; a strength without
+            anchor; scores that are all zero; on loading, the state of other parameters, of another
+            mask or of another anchor.
+        NotImplementedError: a mask or an anchor with sharded parameters (DTensor).
 
     Source: SPA and SET of ESI (arXiv 2604.08297). Differs from the authors' code: frozen elements
     are left out of decay and momentum as well; masking the gradient alone lets both move them.
+    The anchor: EWC (Kirkpatrick et al. 2017, arXiv 1612.00796, eq. 3, with lambda for their
+    lambda / 2) where s is a Fisher information, L2-SP (Li et al. 2018, arXiv 1802.01483, eq. 3)
+    where it is uniform; decoupled as the weight decay of AdamW (arXiv 1711.05101).
     """
 
     def __init__(
@@ -66,6 +89,10 @@ class SafeAdamW(torch.optim.AdamW):
         *,
         freeze: SafetyMask | None = None,
         train: SafetyMask | None = None,
+        anchor: Shares | None = None,
+        anchor_strength: float = 0.0,
+        anchor_mode: Mode = "coupled",
+        anchor_values: Source = None,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -73,6 +100,7 @@ class SafeAdamW(torch.optim.AdamW):
         fused: bool | None = None,
     ) -> None:
         self._live = LiveSet.of(freeze, train)
+        self._anchor = Anchor.of(anchor, anchor_strength, anchor_mode, anchor_values)
         super().__init__(
             params,
             lr,
@@ -86,20 +114,32 @@ class SafeAdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        if self._live is not None:
-            self._live.check_names(n for group in self.param_groups for n in group["param_names"])
+        for ruling in (self._live, self._anchor):
+            if ruling is not None:
+                ruling.check_names(n for g in self.param_groups for n in g["param_names"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does; the mask rules its parameters too.
+        """Add a group, as torch does; mask and anchor rule its parameters too.
 
         Raises:
             ValueError: as the constructor; the optimizer is then as before.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        options = OPTIONS if self._anchor is None else self._anchor.options
+        for key, value in options.items():
+            group.setdefault(key, value)
+        group.update(dict.fromkeys(DIGESTS, ""))
         try:
-            group["mask_digest"] = self._checked_digest(group)
-        except (ValueError, NotImplementedError):
+            check_options(group)
+            if self._live is not None:
+                self._live.check_group(group)
+                group["mask_digest"] = self._live.digest(group)
+            if self._anchor is not None:
+                self._anchor.add(group, self._members(group))
+            elif group["anchor_strength"]:
+                raise ValueError(f"anchor_strength {ALONE}")
+        except (TypeError, ValueError, NotImplementedError):
             self.param_groups.pop()
             raise
 
@@ -122,18 +162,17 @@ class SafeAdamW(torch.optim.AdamW):
                 loss = closure()
         for group in self.param_groups:
             whole: SixLists = ([], [], [], [], [], [])
-            partly: list[list[Any]] = [[] for _ in range(11)]
-            has_complex = self._init_group(group, *whole, *partly)
-            options = self._options(group)
-            if whole[0]:
-                adam(
-                    *whole,
-                    has_complex=has_complex,
-                    differentiable=group["differentiable"],
-                    decoupled_weight_decay=True,
-                    **options,
-                )
-            self._step_partly_live(partly, group["differentiable"], options)
+            partly: list[list[Any]] = [[] for _ in range(COLUMNS)]
+            drawn: list[list[Any]] = [[] for _ in range(COLUMNS)]
+            has_complex = self._init_group(group, *whole, *partly, *drawn)
+            options, differentiable = adam_options(self, group), group["differentiable"]
+            pull = {
+                "anchor_strength": 2 * group["anchor_strength"],
+                "anchor_decoupled": group["anchor_mode"] == "decoupled",
+            }
+            step_whole(whole, has_complex, differentiable, options)
+            step_columns(partly, self._live_bit, differentiable, options)
+            step_columns(drawn, self._live_bit, differentiable, {**options, **pull})
         return loss
 
     def mask_grads_(self) -> None:
@@ -142,119 +181,94 @@ class SafeAdamW(torch.optim.AdamW):
         The step does not need it. Call it before `clip_grad_norm_`, so that the norm, and with it
         the scale of the live gradients, is that of the live elements alone.
         """
-        live = self._live
-        if live is None:
+        if self._live is None:
             return
         with torch.no_grad():
-            for name, p, count in self._members():
-                if p.grad is None or count == p.numel():
-                    continue
-                if count == 0:
-                    p.grad.zero_()
-                else:
-                    moves = ops.live_elements(p.numel(), *live.rule(name, p.device))
-                    p.grad.masked_fill_(~moves.view(p.shape), 0)
+            for group in self.param_groups:
+                for name, p, count in self._members(group):
+                    if p.grad is None or count == p.numel():
+                        continue
+                    if count == 0:
+                        p.grad.zero_()
+                    else:
+                        p.grad.masked_fill_(~self._where(name, p).view(p.shape), 0)
 
     def live_count(self) -> tuple[int, int]:
         """(elements that may move, all elements) over every parameter group."""
         total = sum(p.numel() for group in self.param_groups for p in group["params"])
-        return total - sum(p.numel() - count for _, p, count in self._members()), total
+        if self._live is None:
+            return total, total
+        return sum(count for g in self.param_groups for *_, count in self._members(g)), total
+
+    @torch.no_grad()
+    def anchor_penalty(self) -> Tensor:
+        """The penalty lambda * sum of s (p - a)^2 over the live elements; 0 without an anchor.
+
+        Returns:
+            A 0-d tensor on the first parameter's device, float32, or float64 where that parameter
+            is. Reads weights, starting values and shares once; needs three float32 copies of one
+            tensor at a time.
+        """
+        first, anchor = self.param_groups[0]["params"][0], self._anchor
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=dtype, device=first.device)
+        for group in self.param_groups if anchor is not None else ():
+            for name, p, count in self._members(group):
+                if anchor is not None and count and name in anchor:
+                    live = self._where(name, p) if count < p.numel() else None
+                    energy = anchor.energy(name, p, live).to(total.device, dtype)
+                    total += group["anchor_strength"] * energy
+        return total
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_live": self._live}
+        return {**super().__getstate__(), "_live": self._live, "_anchor": self._anchor}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict comes through here too, after its hooks and before anything has changed.
-        if "param_groups" in self.__dict__:
+        loading = "param_groups" in self.__dict__
+        if loading:
             fit(self.param_groups, state, self._live)
         super().__setstate__(state)
         self.__dict__.setdefault("_live", None)
-        for group in self.param_groups:
-            group.setdefault("mask_digest", "")
+        self.__dict__.setdefault("_anchor", None)
+        settle(self.param_groups, self.state, self._anchor if loading else None)
 
-    def _members(self) -> list[tuple[str, Tensor, int]]:
-        """Every parameter the mask could rule; none without a mask."""
-        if self._live is None:
-            return []
-        return [member for group in self.param_groups for member in self._live.members(group)]
+    @property
+    def _live_bit(self) -> bool:
+        return self._live is None or self._live.live_bit
 
-    def _checked_digest(self, group: dict[str, Any]) -> str:
-        if self._live is None:
-            return ""
-        self._live.check_group(group)
-        return self._live.digest(group)
+    def _members(self, group: dict[str, Any]) -> Iterable[tuple[str, Tensor, int]]:
+        """(canonical name, parameter, live elements) of a group with a mask or an anchor."""
+        if self._live is not None:
+            return self._live.members(group)
+        return ((name, p, p.numel()) for name, p in named(group, "anchor"))
+
+    def _where(self, name: str, p: Tensor) -> Tensor:
+        """Which elements of a partly live parameter are live: bool, flat."""
+        assert self._live is not None  # else no parameter is partly live
+        return ops.live_elements(p.numel(), *self._live.rule(name, p.device))
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
-        """Collect what a step needs: six lists for wholly live parameters, as torch does, and the
-        eleven columns of the op for partly live ones. Not traced by torch.compile.
+        """Collect what a step needs: six lists for wholly live parameters, as torch does, then the
+        columns of the op for partly live ones and for those that are drawn. Not traced by compile.
         """
-        live, whole, partly = self._live, lists[:6], lists[6:]
-        if live is None:
+        whole, partly, drawn = lists[:6], lists[6 : 6 + COLUMNS], lists[6 + COLUMNS :]
+        if self._live is None and self._anchor is None:
             return super()._init_group(group, *whole)
-        members = list(live.members(group))
-        for name, p, count in members:
-            if p.grad is None or not 0 < count < p.numel():
-                continue
-            if p.grad.is_sparse:
-                raise RuntimeError("sparse gradients are not supported; use dense embeddings")
-            state = self._compact_state(group, p, count)
-            moments = [state.get(key) for key in MOMENTS]
-            row = [p, p.grad, *moments, state["step"], *live.columns(name, p)]
-            for column, value in zip(partly, row, strict=True):
-                if value is not None:
-                    column.append(value)
-        wholly = [p for _, p, count in members if count == p.numel()]
+        anchor, wholly = self._anchor, []
+        for name, p, count in self._members(group):
+            pulled = anchor is not None and anchor.pulls(name, p, group)
+            if count == p.numel() and not pulled:
+                wholly.append(p)
+            elif p.grad is not None and count > 0:
+                entries: list[Any] = row(self.state[p], group, p, count)
+                if count < p.numel() and self._live is not None:
+                    entries += self._live.columns(name, p)
+                elif anchor is not None:
+                    entries += anchor.rule(p, self._live_bit)
+                if pulled and anchor is not None:
+                    entries += anchor.columns(name, p, self.state[p])
+                for column, value in zip(drawn if pulled else partly, entries, strict=False):
+                    if value is not None:
+                        column.append(value)
         return super()._init_group({**group, "params": wholly}, *whole)
-
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = group["betas"]
-        return {
-            "lr": group["lr"],
-            "beta1": beta1,
-            "beta2": beta2,
-            "weight_decay": group["weight_decay"],
-            "eps": group["eps"],
-            "amsgrad": group["amsgrad"],
-            "maximize": group["maximize"],
-            "foreach": group["foreach"],
-            "capturable": group["capturable"],
-            "fused": group["fused"],
-            "grad_scale": getattr(self, "grad_scale", None),
-            "found_inf": getattr(self, "found_inf", None),
-        }
-
-    def _step_partly_live(
-        self, columns: list[list[Any]], differentiable: bool, options: dict[str, Any]
-    ) -> None:
-        if self._live is None or not columns[0]:
-            return
-        # By name: a call of the bare op would turn a tensor lr into a float.
-        op = torch.ops.safeopt.masked_adamw_
-        kernel: Callable[..., None] = (
-            op.tensor_lr if isinstance(options["lr"], Tensor) else op.default
-        )
-        if differentiable or isinstance(options["beta1"], Tensor):
-            # The op has no autograd, and takes betas as floats only.
-            kernel = partial(ops.masked_adamw_, differentiable=differentiable)
-        for device in dict.fromkeys(p.device for p in columns[0]):
-            here = [i for i, p in enumerate(columns[0]) if p.device == device]
-            rows = [[column[i] for i in here] if column else [] for column in columns]
-            parameters = rows[0]
-            for k in range(5):
-                rows[k] = [torch.view_as_real(t) if t.is_complex() else t for t in rows[k]]
-            if torch.compiler.is_compiling():
-                # Tracing claims capturable for every group, also on the CPU, where it cannot be.
-                options = {**options, "capturable": device.type != "cpu"}
-            kernel(*rows, [], [], self._live.live_bit, **options)
-            if not torch.compiler.is_compiling():  # compiled graphs see to it themselves
-                torch.autograd.graph.increment_version(parameters)
-
-    def _compact_state(self, group: dict[str, Any], p: Tensor, count: int) -> dict[str, Tensor]:
-        state = self.state[p]
-        if not state:
-            device = p.device if group["capturable"] or group["fused"] else "cpu"
-            dtype = _get_scalar_dtype(is_fused=group["fused"])
-            state["step"] = torch.zeros((), dtype=dtype, device=device)
-            for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
-                state[key] = torch.zeros(count, dtype=p.dtype, device=p.device)
-        return state

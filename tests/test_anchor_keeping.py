@@ -1,0 +1,295 @@
+"""Anchors saved, loaded, copied and compiled; where starting values are kept; what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    HYPER,
+    Bag,
+    advance,
+    assert_same,
+    assert_same_state,
+    random_mask,
+    run,
+    same_bits,
+    set_grads,
+)
+from safetensors.torch import save_file
+from test_anchor import scores_of
+from torch import Tensor, nn
+
+from safeopt.mask import SafetyMask
+from safeopt.optim import SafeAdamW
+from safeopt.scores import Scores
+
+RESUME = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from helpers import HYPER, Bag, advance
+from safeopt.mask import SafetyMask
+from safeopt.optim import SafeAdamW
+from safeopt.scores import Scores
+folder = {folder!r}
+model = Bag()  # not the values it was started from
+model.load_state_dict(torch.load(folder + "/model.pt", weights_only=True))
+optimizer = SafeAdamW(
+    model.named_parameters(), **HYPER, freeze=SafetyMask.load(folder + "/mask.safetensors"),
+    anchor=Scores.load(folder + "/scores.safetensors"), anchor_strength=0.1,
+    anchor_mode="decoupled", anchor_values={values!r},
+)
+optimizer.load_state_dict(torch.load(folder + "/optimizer.pt", weights_only=True))
+advance(model, optimizer, range(3, 7))
+torch.save(model.state_dict(), folder + "/resumed.pt")
+"""
+
+
+@pytest.mark.parametrize("values", [None, "cpu", "folder"])
+def test_law_8_save_load_in_a_new_process_continue_equals_never_having_stopped(
+    values: Any, tmp_path: Path
+) -> None:
+    """The starting values and lambda come back, not the values at the time of loading."""
+    start, mask = Bag(), random_mask(Bag())
+    save_file(start.state_dict(), tmp_path / "model.safetensors")
+    mask.save(tmp_path / "mask.safetensors")
+    scores_of(start).save(tmp_path / "scores.safetensors")
+    values = str(tmp_path) if values == "folder" else values
+    pull = {"anchor": scores_of(start), "anchor_mode": "decoupled", "anchor_values": values}
+    model, optimizer = run(
+        start, lambda p: SafeAdamW(p, **HYPER, **pull, anchor_strength=30.0, freeze=mask), steps=3
+    )
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    tests = str(Path(__file__).parent)
+    script = RESUME.format(tests=tests, folder=str(tmp_path), values=values)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(tests).parent)
+    advance(model, optimizer, range(3, 7))
+    resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
+    for name, value in model.state_dict().items():
+        assert same_bits(resumed[name], value), name
+
+
+def test_checkpoints_are_interchangeable_with_plain_adamw() -> None:
+    """Moments are torch's in shape; the starting values are one more entry, in the right dtype."""
+    start = Bag(torch.bfloat16)
+    model, ours = run(
+        start, lambda p: SafeAdamW(p, **HYPER, anchor="uniform", anchor_strength=1.0), steps=3
+    )
+    saved = ours.state_dict()
+    assert saved["state"][4].keys() == {"step", "exp_avg", "exp_avg_sq", "anchor"}
+    assert same_bits(saved["state"][4]["anchor"], start.matrix.detach())
+    assert saved["state"][4]["exp_avg"].shape == (37, 53)
+    for value in saved["param_groups"][0].values():
+        assert isinstance(value, (int, float, bool, str, tuple, list, type(None))), value
+    theirs, plain = run(model, lambda p: torch.optim.AdamW(p, **HYPER), steps=0)
+    plain.load_state_dict(copy.deepcopy(saved))
+    advance(theirs, plain, range(3, 5))
+    again = copy.deepcopy(model)
+    back = SafeAdamW(again.named_parameters(), **HYPER, anchor="uniform", anchor_strength=2.0)
+    _, unanchored = run(start, lambda p: torch.optim.AdamW(p, **HYPER), steps=3)
+    back.load_state_dict(copy.deepcopy(unanchored.state_dict()))
+    assert back.param_groups[0]["anchor_strength"] == 2.0 and back.param_groups[0]["anchor_digest"]
+    back.load_state_dict(copy.deepcopy(saved))
+    assert back.param_groups[0]["anchor_strength"] == 1.0
+    advance(again, back, range(3, 5))
+    advance(model, ours, range(3, 5))
+    assert_same(again, model)
+
+
+def test_another_anchor_is_refused_on_load_and_nothing_changes() -> None:
+    start = Bag()
+    scores, values = scores_of(start), copy.deepcopy(start.state_dict())
+    pull = {"anchor": scores, "anchor_strength": 1.0}
+    _, optimizer = run(start, lambda p: SafeAdamW(p, **pull))
+    other = Scores({name: value + 1e-6 for name, value in scores.items()})
+    for wrong, message in (
+        ({"anchor": other, "anchor_strength": 1.0}, "another anchor"),
+        ({"anchor": scores, "anchor_strength": 0.0}, "another anchor .*strength 0"),
+        ({}, "another anchor"),
+        ({**pull, "anchor_values": values}, "in its checkpoint, this one to .*anchor_values=None"),
+    ):
+        _, wronged = run(start, lambda p, w=wrong: SafeAdamW(p, **w), steps=2)
+        before = copy.deepcopy(wronged)
+        with pytest.raises(ValueError, match=message):
+            wronged.load_state_dict(optimizer.state_dict())
+        assert_same_state(wronged, before)
+    _, external = run(start, lambda p: SafeAdamW(p, **pull, anchor_values=values))
+    with pytest.raises(ValueError, match="give the anchor_values of the saved run"):
+        optimizer.load_state_dict(external.state_dict())
+    assert all("anchor" not in state for state in external.state.values())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("values", [None, "folder"])
+def test_deepcopy_and_pickle_keep_the_anchor(copied: Any, values: Any, tmp_path: Path) -> None:
+    start = Bag()
+    save_file(start.state_dict(), tmp_path / "model.safetensors")
+    pull = {"anchor": scores_of(start), "anchor_strength": 9.0}
+    pull["anchor_values"] = tmp_path if values else None
+    model, optimizer = run(start, lambda p: SafeAdamW(p, **HYPER, **pull), steps=3)
+    twin, twin_optimizer = copied((model, optimizer))
+    assert (len(pickle.dumps(optimizer)) < 120_000) == bool(values), "a folder is not copied along"
+    advance(model, optimizer, range(3, 7))
+    advance(twin, twin_optimizer, range(3, 7))
+    assert_same(twin, model)
+
+
+def test_old_optimizers_open_and_a_phantom_step_takes_no_anchor() -> None:
+    start = Bag()
+    _, plain = run(start, lambda p: torch.optim.AdamW(p, **HYPER), steps=2)
+    ours = SafeAdamW.__new__(SafeAdamW)
+    ours.__setstate__(plain.__getstate__())
+    assert ours.anchor_penalty() == 0 and ours.param_groups[0]["anchor_strength"] == 0
+    model = copy.deepcopy(start)
+    optimizer = SafeAdamW(model.named_parameters(), **HYPER, anchor="uniform", anchor_strength=5.0)
+    assert not optimizer.state, "DCP takes a state that holds anything for a whole one"
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)  # as weights loaded between the build and the first step
+            p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = copy.deepcopy(model)
+    optimizer.step()
+    assert_same(model, before)
+    assert same_bits(optimizer.state[model.matrix]["anchor"], start.matrix.detach())
+
+
+def test_starting_values_from_a_folder_are_mapped_and_from_a_mapping_used_as_given(
+    tmp_path: Path,
+) -> None:
+    start = Bag()
+    with torch.no_grad():
+        aligned = {name: p + 0.1 for name, p in start.named_parameters()}
+    save_file(aligned, tmp_path / "model.safetensors")
+    pull = {"anchor": "uniform", "anchor_strength": 9.0}
+    given, a = run(start, lambda p: SafeAdamW(p, **HYPER, **pull, anchor_values=aligned))
+    read, b = run(start, lambda p: SafeAdamW(p, **HYPER, **pull, anchor_values=tmp_path))
+    own, _ = run(start, lambda p: SafeAdamW(p, **HYPER, **pull))
+    assert_same(given, read)
+    assert not same_bits(own.matrix, given.matrix)
+    assert a.param_groups[0]["anchor_values_digest"] == b.param_groups[0]["anchor_values_digest"]
+    assert a._anchor._start.of("matrix", given.matrix).data_ptr() == aligned["matrix"].data_ptr()
+    places = [b._anchor._start.of(name, p).data_ptr() for name, p in read.named_parameters()]
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert max(places) - min(places) < size, "one mapping of the file, no copies"
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        for name, shape in (("a", (37, 53)), ("b", (37, 53)), ("c", (1, 61))):
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator)))
+
+
+@pytest.mark.parametrize(("shares", "masked"), [("uniform", False), ("scores", True)])
+def test_an_anchored_step_compiles_without_a_graph_break(shares: str, masked: bool) -> None:
+    start = Two()
+    pull: dict[str, Any] = {"anchor_strength": 3.0, "anchor_mode": "decoupled"}
+    pull["anchor"] = scores_of(start, ("c",)) if shares == "scores" else shares
+    if masked:
+        pull["freeze"] = SafetyMask({"a": random_mask(start)["a"]})
+    model = copy.deepcopy(start)
+    optimizer = SafeAdamW(model.named_parameters(), **HYPER, **pull)
+    torch._dynamo.reset()
+    torch._dynamo.eval_frame.TorchPatcher.patch()
+    step = torch.compile(
+        lambda: SafeAdamW.step.__wrapped__.__wrapped__(optimizer),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    with torch.no_grad():
+        for k in range(4):
+            set_grads(model, k)
+            step()
+    eager, _ = run(start, lambda p: SafeAdamW(p, **HYPER, **pull), steps=4)
+    for name, p in eager.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_transposed_parameters_and_a_tensor_lr(mode: Any) -> None:
+    start = nn.Module()
+    start.w = nn.Parameter(torch.randn(9, 13).t())
+    for extra in ({}, {"lr": torch.tensor(3e-3)}):
+        kw = {**HYPER, **extra, "anchor_strength": 9.0, "anchor_mode": mode}
+        twin = nn.Module()
+        twin.w = nn.Parameter(start.w.detach().contiguous())
+        moved = []
+        for model in (copy.deepcopy(start), twin):
+            optimizer = SafeAdamW(model.named_parameters(), **kw, anchor="uniform")
+            for step in range(3):
+                set_grads(model, step)
+                optimizer.step()
+            moved.append(model.w.detach())
+        torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=1e-7)
+
+
+def test_bad_anchors_say_what_to_do(tmp_path: Path) -> None:
+    model = Bag()
+    named = list(model.named_parameters())
+    zero = Scores({"matrix": torch.zeros(37, 53)})
+    values = {name: p.detach() + 1 for name, p in named}
+    on: dict[str, Any] = {"anchor": "uniform", "anchor_strength": 1.0}
+    nothing = SafetyMask.from_bool({"matrix": torch.zeros(37, 53) > 0})
+    turned = Scores({"matrix": torch.ones(53, 37)})
+
+    def with_nine(value: Tensor) -> dict[str, Any]:
+        return {**on, "anchor_values": {**values, "nine": value}}
+
+    lacking = {name: value for name, value in values.items() if name != "nine"}
+    for error, message, kw in (
+        (ValueError, "anchor_strength was given without anchor", {"anchor_strength": 1.0}),
+        (ValueError, "anchor_values was given without anchor", {"anchor_values": "cpu"}),
+        (ValueError, "anchor_strength is -1", {"anchor": "uniform", "anchor_strength": -1}),
+        (ValueError, "anchor_strength is inf", {**on, "anchor_strength": float("inf")}),
+        (ValueError, "anchor_mode is 'both'; .*coupled, decoupled", {"anchor_mode": "both"}),
+        (ValueError, "anchor is 'unifrom'", {**on, "anchor": "unifrom"}),
+        (TypeError, "must be Scores.*got dict", {**on, "anchor": {"matrix": torch.ones(37, 53)}}),
+        (ValueError, "all zero", {**on, "anchor": zero}),
+        (ValueError, "selects no weight", {**on, "anchor": nothing}),
+        (ValueError, r"did you mean \['matrix'", {"anchor": Scores({"matrxi": torch.ones(1)})}),
+        (ValueError, r"\(53, 37\).*\(37, 53\)", {**on, "anchor": turned}),
+        (TypeError, "anchor_values is int", {**on, "anchor_values": 3}),
+        (ValueError, "anchor_values: 1 name", {**on, "anchor_values": lacking}),
+        (ValueError, "is no model folder", {**on, "anchor_values": str(tmp_path)}),
+        (ValueError, "are the parameter itself", {**on, "anchor_values": model.state_dict()}),
+        (ValueError, "have shape", with_nine(torch.ones(3))),
+        (ValueError, "NaN or infinity", with_nine(torch.full((9,), torch.nan))),
+        (TypeError, "are torch.int8", with_nine(torch.ones(9, dtype=torch.int8))),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            SafeAdamW(named, **kw)
+    with pytest.raises(ValueError, match=r"pass model.named_parameters\(\)"):
+        SafeAdamW(model.parameters(), **on)
+    with pytest.raises(ValueError, match="anchor_strength was given without anchor"):
+        SafeAdamW([{"params": named, "anchor_strength": 1.0}])
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        SafeAdamW(named, **on, anchor_values=tmp_path)
+    with pytest.raises(TypeError, match="complex64; anchors are for real"):
+        SafeAdamW([("z", nn.Parameter(torch.ones(3, dtype=torch.complex64)))], **on)
+    adapter = [("base.weight", named[4][1]), ("q.lora_A.weight", nn.Parameter(torch.ones(2, 2)))]
+    with pytest.raises(ValueError, match="LoRA adapter that the anchor does not name"):
+        SafeAdamW(adapter, anchor=Scores({"base.weight": torch.ones(37, 53)}), anchor_strength=1.0)
+
+
+def test_frozen_weights_wake_up_with_an_error_not_without_a_pull() -> None:
+    model = Bag()
+    model.matrix.requires_grad_(False)
+    optimizer = SafeAdamW(model.named_parameters(), anchor="uniform", anchor_strength=1.0)
+    advance(model, optimizer, range(0))
+    model.matrix.requires_grad_(True)
+    set_grads(model, 0)
+    with pytest.raises(RuntimeError, match=r"'matrix' .*requires_grad=False when"):
+        optimizer.step()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing would be drawn"):
+        SafeAdamW(model.named_parameters(), anchor="uniform", anchor_strength=1.0)
