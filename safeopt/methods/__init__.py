@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from safeopt.methods.esi import ESI
+from safeopt.methods.fisher import Fisher
 from safeopt.methods.guard import GuardObjective
 
-__all__ = ["ESI", "GuardObjective"]
+__all__ = ["ESI", "Fisher", "GuardObjective"]

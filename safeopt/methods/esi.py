@@ -76,7 +76,7 @@ class ESI:
 
     def arguments(self) -> dict[str, Any]:
         """The settings as JSON values."""
-        named = self.objective if isinstance(self.objective, str) else _describe(self.objective)
+        named = self.objective if isinstance(self.objective, str) else describe(self.objective)
         settings = {"objective": named, "reduction": self.reduction}
         return {**settings, "sigma": self.sigma, "head": self.head}
 
@@ -211,6 +211,7 @@ def deviation(name: str, weight: Tensor, per_row: bool) -> Tensor:
     return values.std(dim=1, keepdim=True) if per_row else values.std().view(1, 1)
 
 
-def _describe(objective: Any) -> Any:
+def describe(objective: Any) -> Any:
+    """What a provenance says of an objective that is no string: JSON values."""
     arguments = getattr(objective, "arguments", None)
     return arguments() if arguments else getattr(objective, "__qualname__", repr(objective))
