@@ -85,6 +85,35 @@ def test_text_results_go_to_stdout(
         assert words in found
 
 
+def test_anchors_from_the_command(
+    rows: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["score", tiny_folder, "--refusals", "refusals.jsonl", "--method", "fisher-sqrt"]
+    scored = result(capsys, *words, "--out", "f.st")
+    assert scored["method"] == "fisher" and scored["arguments"]["power"] == 0.5
+    words = ["train", tiny_folder, "--data", "task.jsonl", "--lr", "0.01", "--anchor", "f.st"]
+    words += ["--anchor-mode", "decoupled", "--anchor-strength"]
+    weak, strong = (
+        result(capsys, *words, strength, "--steps", 4, "--out", f"by{strength}")["anchor_penalty"]
+        / strength
+        for strength in (0.1, 100.0)
+    )
+    assert 0 < strong < weak
+    result(capsys, *words, 100.0, "--steps", 2, "--out", "parts")
+    (rows / "parts" / "model").rename(rows / "halfway")
+    result(capsys, *words, 100.0, "--steps", 4, "--out", "parts", "--resume")
+    weights = [rows / name / "model" / "model.safetensors" for name in ("by100.0", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    for wrong, message in (
+        (["--anchor-strength", 1], "was given without anchor"),
+        (["--anchor", "uniform"], "nothing would be drawn"),
+    ):
+        code, _, err = call(
+            capsys, "train", tiny_folder, "--data", "task.jsonl", *wrong, "--out", "x"
+        )
+        assert code == 2 and message in err
+
+
 def test_resumed_training_ends_where_an_uninterrupted_one_does(
     rows: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

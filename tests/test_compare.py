@@ -110,6 +110,42 @@ def test_adamw_arms_are_torchs_own_and_differ_in_lr_alone(tiny_llama: Any) -> No
         assert optimizer.param_groups[0]["weight_decay"] == 0.3
 
 
+@pytest.mark.parametrize("name", [n for n in ARMS if n.startswith(("l2", "anchor"))])
+def test_each_anchored_arm_draws_just_what_it_says(name: str, tiny_llama: Any) -> None:
+    before = {key: value.clone() for key, value in tiny_llama.named_parameters()}
+    scores = random_scores(tiny_llama)
+    context = Context(model=tiny_llama, scores=scores, lr=1e-2, weight_decay=0.0, seed=3)
+    plan = Arm.parse(f"{name}:0.5").plan(context)
+    (group,) = plan.optimizer.param_groups
+    mode = "decoupled" if "decoupled" in name else "coupled"
+    assert (plan.mask, group["anchor_strength"], group["anchor_mode"]) == (None, 0.5, mode)
+    step(tiny_llama, plan.optimizer)
+    drawn = {key for key, p in tiny_llama.named_parameters() if "anchor" in plan.optimizer.state[p]}
+    assert drawn == (set(before) if name.startswith("l2") else set(scores))
+    assert all((p != before[key]).any() for key, p in tiny_llama.named_parameters())
+
+
+def test_shuffled_anchors_are_the_same_scores_elsewhere_and_fresh_per_seed(tiny_llama: Any) -> None:
+    scores = random_scores(tiny_llama)
+
+    def shares(name: str, seed: int) -> Any:
+        context = Context(model=tiny_llama, scores=scores, lr=1e-2, weight_decay=0.0, seed=seed)
+        optimizer: Any = Arm.parse(f"{name}:2").plan(context).optimizer
+        return optimizer._anchor._shares
+
+    assert ARMS["anchor-shuffle"].control and not ARMS["anchor"].control
+    plain, mixed, again, other = (
+        shares(name, seed)
+        for name, seed in (
+            ("anchor", 1), ("anchor-shuffle", 1), ("anchor-shuffle", 1), ("anchor-shuffle", 2)
+        )
+    )  # fmt: skip
+    for name in scores:
+        assert torch.equal(mixed[name], again[name]) and not torch.equal(mixed[name], other[name])
+        assert not torch.equal(mixed[name], plain[name])
+        assert torch.equal(mixed[name].flatten().sort()[0], plain[name].flatten().sort()[0])
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -118,6 +154,7 @@ def test_adamw_arms_are_torchs_own_and_differ_in_lr_alone(tiny_llama: Any) -> No
         (["adamw", "spa:1"], r"fraction in \(0, 1\)"),
         (["adamw", "spa:nan"], r"fraction in \(0, 1\)"),
         (["adamw", "adamw-lr:0"], "factor above 0"),
+        (["adamw", "anchor:-1"], "strength above 0"),
         (["adamw:2"], "takes no value"),
         (["adamw", "spa:0.1", "spa:0.10"], "given 2 times"),
         (["spa:0.1"], "lack adamw"),
@@ -289,6 +326,7 @@ def test_scores_are_kept_for_the_same_model_and_rows_only(
             rows,
             fingerprint=artifact.fingerprint(model),
             objective="margin",
+            method="esi",
             batch_size=2,
             max_length=64,
             progress=False,

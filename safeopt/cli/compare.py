@@ -55,6 +55,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="ROWS", help="general rows, for perplexity")
     default = Settings()
     parser.add_argument(
+        "--method",
+        default=default.method,
+        help="of the scores: esi (default), fisher or fisher-sqrt",
+    )
+    parser.add_argument(
         "--objective",
         default=default.objective,
         help="of the scores: refusal_nll (default) or margin",
@@ -85,6 +90,7 @@ _NUMBERS = {
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run what is not there yet, write the report, and return where it is and what it says."""
     settings = Settings(
+        method=args.method,
         objective=args.objective,
         **{name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _NUMBERS},
     )

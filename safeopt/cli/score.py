@@ -1,4 +1,4 @@
-"""Score the weights of a model by their effect on its refusals (ESI, arXiv 2604.08297)."""
+"""Score the weights of a model by their effect on its refusals (ESI, or Fisher information)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safeopt.cli.options import ROWS, WITH_RESPONSE, add_model, add_number
-from safeopt.compare.scoring import scoring_batches
+from safeopt.compare.scoring import METHODS, scoring_batches
 from safeopt.compare.sets import load_rows
 from safeopt.environment import pick_device
 
@@ -19,6 +19,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
         "--refusals", required=True, metavar="ROWS", help=f"harmful prompts with refusals: {ROWS}"
+    )
+    parser.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        default="esi",
+        help="esi (arXiv 2604.08297, default), for masks; fisher (arXiv 1612.00796) or its square "
+        "root, for anchors",
     )
     parser.add_argument(
         "--objective",
@@ -46,7 +53,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Score, save, and return the provenance."""
     from safeopt.integrations.transformers import load_model
-    from safeopt.methods.esi import ESI
     from safeopt.scores import score
 
     if (args.objective == "guard") != (args.judge is not None):
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     batches = scoring_batches(
         tokenizer, rows, args.objective, batch_size=args.batch_size, max_length=args.max_length
     )
-    scores = score(model, batches, ESI(objective=objective))
+    scores = score(model, batches, METHODS[args.method](objective))
     scores.save(args.out)
     return {
         "out": str(Path(args.out)),

@@ -1,4 +1,4 @@
-"""Fine-tune a model with SafeAdamW, freezing or training the weights of a mask."""
+"""Fine-tune a model with SafeAdamW: freeze or train the weights of a mask, draw to the start."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from safeopt.cli.options import ROWS, WITH_RESPONSE, add_model, add_number
 from safeopt.compare.sets import load_rows
 from safeopt.environment import pick_device
 from safeopt.mask import SafetyMask
+from safeopt.optim.anchor import MODES
+from safeopt.scores import Scores
 
 EXAMPLE = "  safeopt train ./my-model --data task.jsonl --freeze mask.safetensors --out ./tuned"
 RESUME = (
@@ -24,6 +26,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     masks = parser.add_mutually_exclusive_group()
     masks.add_argument("--freeze", metavar="MASK", help="weights that must not move (SPA)")
     masks.add_argument("--train", metavar="MASK", help="the only weights that move (SET)")
+    parser.add_argument(
+        "--anchor", metavar="SCORES", help="draw weights to their start by these scores, or uniform"
+    )
+    add_number(parser, "anchor-strength", 0.0, "lambda of the penalty lambda s (w - start)^2")
+    parser.add_argument(
+        "--anchor-mode",
+        choices=MODES,
+        default="coupled",
+        help="in the gradient (default), or beside the weight decay",
+    )
     add_number(parser, "steps", 100, "optimizer steps")
     add_number(parser, "lr", 1e-5, "learning rate")
     add_number(parser, "weight-decay", 0.0, "decoupled weight decay")
@@ -48,6 +60,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--out {out} already holds a model; name another folder or remove {out / 'model'}"
         )
+    if args.anchor and not args.anchor_strength:
+        raise ValueError(
+            f"--anchor is {args.anchor} and --anchor-strength 0, so nothing would be drawn; give a"
+            " strength above 0, for example 1, or leave --anchor out"
+        )
     config = TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -65,7 +82,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             mask.check(model)
     model.to(pick_device(args.device))
     named = model.named_parameters()
-    optimizer = SafeAdamW(named, args.lr, weight_decay=args.weight_decay, freeze=freeze, train=only)
+    optimizer = SafeAdamW(
+        named,
+        args.lr,
+        weight_decay=args.weight_decay,
+        freeze=freeze,
+        train=only,
+        anchor=Scores.load(args.anchor) if args.anchor not in (None, "uniform") else args.anchor,
+        anchor_strength=args.anchor_strength,
+        anchor_mode=args.anchor_mode,
+    )
     losses = train(
         model,
         tokenizer,
@@ -81,6 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "out": str(out / "model"),
         "steps": len(losses),
         "loss": losses[-1],
+        "anchor_penalty": float(optimizer.anchor_penalty()),
         "live": live,
         "total": total,
     }

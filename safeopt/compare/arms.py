@@ -1,4 +1,4 @@
-"""The arms of a comparison: each name stands for a mask and an optimizer."""
+"""The arms of a comparison: each name stands for an optimizer, and what it protects."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from safeopt import artifact
 from safeopt.mask import SafetyMask
 from safeopt.optim import SafeAdamW
+from safeopt.optim.anchor import Mode, Shares
 from safeopt.scores import Scores
 from safeopt.selection import select
 
@@ -37,16 +39,20 @@ class Plan:
     mask: SafetyMask | None = None
 
 
+Make = Callable[[Context, float], Plan]
+
+
 @dataclass(frozen=True)
 class Kind:
     """One entry of the table of arms: a summary, and the function that makes the plan.
 
-    ``takes`` says what VALUE in ``name:VALUE`` is: ``"fraction"`` in (0, 1), ``"factor"`` above 0,
-    or ``""`` for an arm without a value. ``control`` tells whether it is a random control.
+    ``takes`` says what VALUE in ``name:VALUE`` is: ``"fraction"`` in (0, 1), ``"factor"`` or
+    ``"strength"`` above 0, or ``""`` for an arm without a value. ``control`` tells whether it is a
+    random control.
     """
 
     summary: str
-    make: Callable[[Context, float], Plan]
+    make: Make
     takes: str = "fraction"
     control: bool = False
 
@@ -66,7 +72,7 @@ def _shuffled(context: Context, fraction: float) -> SafetyMask:
     return _top(context, fraction).shuffle(context.seed)
 
 
-def _masked(argument: str, pick: Pick) -> Callable[[Context, float], Plan]:
+def _masked(argument: str, pick: Pick) -> Make:
     """SafeAdamW with the picked mask for ``argument``, ``"freeze"`` (SPA) or ``"train"`` (SET)."""
 
     def make(context: Context, fraction: float) -> Plan:
@@ -79,6 +85,41 @@ def _masked(argument: str, pick: Pick) -> Callable[[Context, float], Plan]:
         )
 
     return make
+
+
+def _anchored(shares: Callable[[Context], Shares], mode: Mode = "coupled") -> Make:
+    """SafeAdamW that draws all weights to their start, VALUE being its ``anchor_strength``."""
+
+    def make(context: Context, strength: float) -> Plan:
+        optimizer = SafeAdamW(
+            context.model.named_parameters(),
+            context.lr,
+            weight_decay=context.weight_decay,
+            anchor=shares(context),
+            anchor_strength=strength,
+            anchor_mode=mode,
+        )
+        return Plan(optimizer)
+
+    return make
+
+
+def _uniform(context: Context) -> Shares:
+    return "uniform"
+
+
+def _scores(context: Context) -> Scores:
+    return context.scores
+
+
+def _mixed(context: Context) -> Scores:
+    """The scores, each at another place of its tensor: who is drawn more is left to chance."""
+    mixed = {}
+    for name, scores in context.scores.items():
+        seed = int(artifact.digest([str(context.seed), name])[:15], 16)
+        order = torch.randperm(scores.numel(), generator=torch.Generator().manual_seed(seed))
+        mixed[name] = scores.reshape(-1)[order.to(scores.device)].view(scores.shape)
+    return Scores(mixed, {"method": "shuffle", "of": context.scores.provenance})
 
 
 def _adamw(context: Context, factor: float) -> Plan:
@@ -103,6 +144,17 @@ ARMS: dict[str, Kind] = {
     ),
     "set-shuffle": Kind(
         "train as many at random in each tensor", _masked("train", _shuffled), control=True
+    ),
+    "l2": Kind("draw all weights to their start, strength VALUE", _anchored(_uniform), "strength"),
+    "l2-decoupled": Kind(
+        "the same beside the weight decay", _anchored(_uniform, "decoupled"), "strength"
+    ),
+    "anchor": Kind("draw each weight by its score, strength VALUE", _anchored(_scores), "strength"),
+    "anchor-decoupled": Kind(
+        "the same beside the weight decay", _anchored(_scores, "decoupled"), "strength"
+    ),
+    "anchor-shuffle": Kind(
+        "draw by scores shuffled in each tensor", _anchored(_mixed), "strength", control=True
     ),
 }
 
@@ -139,7 +191,7 @@ class Arm:
                 f"arm {text!r} needs a number after the colon, for example {name}:0.01"
             ) from None
         if not 0 < value < (1 if takes == "fraction" else float("inf")):
-            allowed = "a fraction in (0, 1)" if takes == "fraction" else "a factor above 0"
+            allowed = "a fraction in (0, 1)" if takes == "fraction" else f"a {takes} above 0"
             raise ValueError(f"arm {text!r}: the value must be {allowed}")
         return cls(name, value)
 

@@ -92,6 +92,7 @@ def _start(
         sets.identify,
         fingerprint=fingerprint,
         objective=settings.objective,
+        method=settings.method,
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         progress=progress,

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from safeopt.compare.scoring import METHODS
 from safeopt.train import TrainConfig
 
 OBJECTIVES = ("refusal_nll", "margin")
@@ -19,7 +20,8 @@ class Settings:
     steps and at the end. ``weight_decay`` is 0 as in the ESI recipe. ``fraction`` of the scored
     weights is the reference mask, by which drift is split into critical and other weights in every
     arm alike. ``equal_skill`` is the share of plain AdamW's final skill at which the arms are read
-    beside each other. ``objective`` names ESI's: refusal_nll or margin.
+    beside each other. The scores are of ``method`` (see METHODS in scoring.py) and
+    ``objective``, refusal_nll or margin.
 
     Raises:
         ValueError: a number out of range.
@@ -35,6 +37,7 @@ class Settings:
     warmup_steps: int = 0
     max_new_tokens: int = 24
     eval_batch_size: int = 64
+    method: str = "esi"
     objective: Literal["refusal_nll", "margin"] = "refusal_nll"
     fraction: float = 0.01
     equal_skill: float = 0.95
@@ -54,10 +57,11 @@ class Settings:
             raise ValueError(f"fraction is {self.fraction}; it must be in (0, 1)")
         if not 0 < self.equal_skill <= 1:
             raise ValueError(f"equal_skill is {self.equal_skill}; it must be in (0, 1]")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}"
-            )
+        for name, allowed in (("method", METHODS), ("objective", OBJECTIVES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}"
+                )
 
     def measured_at(self, step: int) -> bool:
         """Whether the curve has a point after this step."""

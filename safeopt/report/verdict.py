@@ -47,7 +47,7 @@ def _sentence(results: dict[str, Any], rows: dict[str, Any], pick: Any) -> str:
     clauses = [f"{_arm(BASELINE, rows, pick)}"]
     for arm in results["arms"]:
         run = runs_of(results, arm)[0]
-        if run["mask"] is None or run["control"]:
+        if arm.startswith(BASELINE) or run["control"]:  # also at another learning rate
             continue
         controls = controls_of(results, arm)
         if not rows[arm]["reached"]:
