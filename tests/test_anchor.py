@@ -258,6 +258,11 @@ def test_the_penalty_is_readable() -> None:
         found = optimizer.anchor_penalty()
         assert found.shape == () and found.dtype == torch.float32 and not found.requires_grad
         torch.testing.assert_close(found.double(), 0.4 * expected.detach(), rtol=1e-5, atol=0)
+    away = {name: p.detach() - 1 for name, p in start.named_parameters()}
+    given = {"anchor": "uniform", "anchor_strength": 2.0, "anchor_values": away}
+    live = sum(int((~mask.to_bool(name)).sum()) for name in mask)
+    optimizer = SafeAdamW(start.named_parameters(), **given, freeze=mask)
+    assert float(optimizer.anchor_penalty()) == pytest.approx(2 * live), "frozen ones do not count"
 
 
 def test_strength_may_be_scheduled_and_differ_by_group() -> None:

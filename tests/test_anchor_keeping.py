@@ -1,4 +1,4 @@
-"""Anchors saved, loaded, copied and compiled; where starting values are kept; what is refused."""
+"""Anchors saved, loaded, copied and compiled, and where starting values are kept."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from helpers import (
 )
 from safetensors.torch import save_file
 from test_anchor import scores_of
-from torch import Tensor, nn
+from torch import nn
 
 from safeopt.mask import SafetyMask
 from safeopt.optim import SafeAdamW
+from safeopt.optim.calls import ANCHORS, COLUMNS, _batches
 from safeopt.scores import Scores
 
 RESUME = """
@@ -215,81 +216,46 @@ def test_an_anchored_step_compiles_without_a_graph_break(shares: str, masked: bo
 
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
-def test_transposed_parameters_and_a_tensor_lr(mode: Any) -> None:
+@pytest.mark.parametrize("lr", [3e-3, torch.tensor(3e-3)], ids=["float", "tensor"])
+def test_transposed_parameters_step_as_contiguous_ones(mode: Any, lr: Any) -> None:
+    """Also from a plain AdamW's state, whose moments are transposed with the parameter."""
     start = nn.Module()
     start.w = nn.Parameter(torch.randn(9, 13).t())
-    for extra in ({}, {"lr": torch.tensor(3e-3)}):
-        kw = {**HYPER, **extra, "anchor_strength": 9.0, "anchor_mode": mode}
-        twin = nn.Module()
-        twin.w = nn.Parameter(start.w.detach().contiguous())
-        moved = []
-        for model in (copy.deepcopy(start), twin):
-            optimizer = SafeAdamW(model.named_parameters(), **kw, anchor="uniform")
-            for step in range(3):
-                set_grads(model, step)
-                optimizer.step()
-            moved.append(model.w.detach())
-        torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=1e-7)
+    kw = {**HYPER, "lr": lr}
+    half, plain = run(start, lambda p: torch.optim.AdamW(p, **kw), steps=2)
+    assert not plain.state[half.w]["exp_avg"].is_contiguous()
+    moved = []
+    for layout in (lambda t: t.detach().clone(), lambda t: t.detach().contiguous()):
+        model = nn.Module()
+        model.w = nn.Parameter(layout(half.w))
+        pull = {"anchor": "uniform", "anchor_strength": 9.0, "anchor_mode": mode}
+        optimizer = SafeAdamW(model.named_parameters(), **kw, **pull)
+        optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+        advance(model, optimizer, range(2, 5))
+        moved.append(model.w.detach())
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=1e-7)
 
 
-def test_bad_anchors_say_what_to_do(tmp_path: Path) -> None:
-    model = Bag()
-    named = list(model.named_parameters())
-    zero = Scores({"matrix": torch.zeros(37, 53)})
-    values = {name: p.detach() + 1 for name, p in named}
-    on: dict[str, Any] = {"anchor": "uniform", "anchor_strength": 1.0}
-    nothing = SafetyMask.from_bool({"matrix": torch.zeros(37, 53) > 0})
-    turned = Scores({"matrix": torch.ones(53, 37)})
-
-    def with_nine(value: Tensor) -> dict[str, Any]:
-        return {**on, "anchor_values": {**values, "nine": value}}
-
-    lacking = {name: value for name, value in values.items() if name != "nine"}
-    for error, message, kw in (
-        (ValueError, "anchor_strength was given without anchor", {"anchor_strength": 1.0}),
-        (ValueError, "anchor_values was given without anchor", {"anchor_values": "cpu"}),
-        (ValueError, "anchor_strength is -1", {"anchor": "uniform", "anchor_strength": -1}),
-        (ValueError, "anchor_strength is inf", {**on, "anchor_strength": float("inf")}),
-        (ValueError, "anchor_mode is 'both'; .*coupled, decoupled", {"anchor_mode": "both"}),
-        (ValueError, "anchor is 'unifrom'", {**on, "anchor": "unifrom"}),
-        (TypeError, "must be Scores.*got dict", {**on, "anchor": {"matrix": torch.ones(37, 53)}}),
-        (ValueError, "all zero", {**on, "anchor": zero}),
-        (ValueError, "selects no weight", {**on, "anchor": nothing}),
-        (ValueError, r"did you mean \['matrix'", {"anchor": Scores({"matrxi": torch.ones(1)})}),
-        (ValueError, r"\(53, 37\).*\(37, 53\)", {**on, "anchor": turned}),
-        (TypeError, "anchor_values is int", {**on, "anchor_values": 3}),
-        (ValueError, "anchor_values: 1 name", {**on, "anchor_values": lacking}),
-        (ValueError, "is no model folder", {**on, "anchor_values": str(tmp_path)}),
-        (ValueError, "are the parameter itself", {**on, "anchor_values": model.state_dict()}),
-        (ValueError, "have shape", with_nine(torch.ones(3))),
-        (ValueError, "NaN or infinity", with_nine(torch.full((9,), torch.nan))),
-        (TypeError, "are torch.int8", with_nine(torch.ones(9, dtype=torch.int8))),
-    ):  # fmt: skip
-        with pytest.raises(error, match=message):
-            SafeAdamW(named, **kw)
-    with pytest.raises(ValueError, match=r"pass model.named_parameters\(\)"):
-        SafeAdamW(model.parameters(), **on)
-    with pytest.raises(ValueError, match="anchor_strength was given without anchor"):
-        SafeAdamW([{"params": named, "anchor_strength": 1.0}])
-    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    with pytest.raises(ValueError, match="cannot be read"):
-        SafeAdamW(named, **on, anchor_values=tmp_path)
-    with pytest.raises(TypeError, match="complex64; anchors are for real"):
-        SafeAdamW([("z", nn.Parameter(torch.ones(3, dtype=torch.complex64)))], **on)
-    adapter = [("base.weight", named[4][1]), ("q.lora_A.weight", nn.Parameter(torch.ones(2, 2)))]
-    with pytest.raises(ValueError, match="LoRA adapter that the anchor does not name"):
-        SafeAdamW(adapter, anchor=Scores({"base.weight": torch.ones(37, 53)}), anchor_strength=1.0)
+def test_values_on_another_device_come_one_at_a_time() -> None:
+    """So that no second copy of the model comes to be on the device."""
+    columns: list[list[Any]] = [[] for _ in range(COLUMNS)]
+    columns[0] = [torch.zeros(1)] * 4
+    columns[ANCHORS] = [torch.zeros(1, device=where) for where in ("cpu", "meta", "meta", "cpu")]
+    cpu = torch.device("cpu")
+    assert _batches(columns) == [(cpu, [0, 3]), (cpu, [1]), (cpu, [2])]
 
 
-def test_frozen_weights_wake_up_with_an_error_not_without_a_pull() -> None:
-    model = Bag()
-    model.matrix.requires_grad_(False)
-    optimizer = SafeAdamW(model.named_parameters(), anchor="uniform", anchor_strength=1.0)
-    advance(model, optimizer, range(0))
-    model.matrix.requires_grad_(True)
-    set_grads(model, 0)
-    with pytest.raises(RuntimeError, match=r"'matrix' .*requires_grad=False when"):
-        optimizer.step()
-    model.requires_grad_(False)
-    with pytest.raises(ValueError, match="nothing would be drawn"):
-        SafeAdamW(model.named_parameters(), anchor="uniform", anchor_strength=1.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_accelerate_prepare_keeps_the_anchor(dtype: torch.dtype) -> None:
+    """It saves and loads the state at once, and again whenever it is asked to."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    start = Bag(dtype)
+    pull = {"anchor": scores_of(start), "anchor_strength": 9.0}
+    model = copy.deepcopy(start)
+    optimizer = SafeAdamW(model.named_parameters(), **HYPER, **pull)
+    advance(model, optimizer, range(2))
+    model, prepared = accelerator.prepare(model, optimizer)
+    advance(model, prepared, range(2, 5))
+    alone, _ = run(start, lambda p: SafeAdamW(p, **HYPER, **pull), steps=5)
+    assert_same(accelerator.unwrap_model(model), alone)
