@@ -204,6 +204,8 @@ class AlignmentDirection(Mapping[str, Operator]):
         """
         current = names.parameters(model)
         names.require(self, current, "direction")
+        if not {"aligned", "unaligned"} <= self.manifest.keys():
+            raise ValueError("this direction was not made by between, and knows no model to check")
         for name in self:
             found = fingerprint(current[name])
             if found == self.manifest["aligned"][name]:

@@ -39,6 +39,8 @@ def asft_penalty(
     dW is B A of the active LoRA adapter (PEFT), paired with the base weight it belongs to by name;
     or, with an anchor, W - W_anchor for every matrix of the direction. Under gradient accumulation
     add it to one micro-batch only, or divide lam by their number: else its strength grows with it.
+    That the base weights, or the anchor, are those of the aligned model is for `direction.check` to
+    see, once before training.
 
     Args:
         model: a PEFT model whose adapters all lie on matrices of the direction, or, with an anchor,

@@ -269,6 +269,8 @@ def test_check_knows_the_model_it_was_made_with() -> None:
         aligned.get_parameter(UP)[0, 0] += 1e-3
     with pytest.raises(ValueError, match=UP):
         direction.check(aligned)
+    with pytest.raises(ValueError, match="not made by between"):
+        AlignmentDirection(dict(direction)).check(aligned)
     with pytest.raises(ValueError, match="match none of"):
         direction.check(make_llama(num_hidden_layers=1, seed=1))
 
@@ -293,20 +295,22 @@ def test_one_pair_is_alive_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 PEAK = """
-import resource, sys
+import sys
+from pathlib import Path
 from safeopt import AlignmentDirection
 
 def between(parameters):
     AlignmentDirection.between(*sys.argv[1:3], operator="subspace", rank=2, parameters=parameters)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss: that begins with the peak of the process that started this one.
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 print(between(["m0.weight"]), between(None))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_the_largest_matrix(tmp_path: Path) -> None:
-    """32 matrices of 2 MiB in each model: a process that does one does all without 64 MiB more."""
+    """32 matrices of 2 MiB in each model: a process that does one does all with 40 MiB more."""
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
         made = {f"m{n}.weight": delta(torch.Size((640, 800)), n + ord(place)) for n in range(32)}
@@ -315,4 +319,4 @@ def test_memory_is_that_of_the_largest_matrix(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PEAK, str(tmp_path / "a"), str(tmp_path / "b")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     one, all_of_them = map(float, done.stdout.split())
-    assert all_of_them - one < 24, done.stdout
+    assert one > 50 and all_of_them - one < 40, done.stdout

@@ -216,7 +216,7 @@ def test_randomised_factors_depend_on_their_seed_only():
     torch.testing.assert_close(left @ left.T, exact.U[:, :5] @ exact.U[:, :5].T, rtol=0, atol=1e-5)
     flat = noise(out, width).float()  # no gap anywhere: the hardest case for the largest value
     found, true = leading(flat, 1, 0)[1], torch.linalg.svdvals(flat)[:1]
-    assert 0.98 * true < found <= true * 1.0001
+    assert 0.985 * true < found <= true * 1.0001
 
 
 def meta(kind: str, rank: int | None, shape: tuple[int, int]) -> Operator:

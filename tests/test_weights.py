@@ -172,6 +172,12 @@ def test_a_missing_tensor_is_named(tmp_path: Path, folder: Path) -> None:
     deeper = make_llama(num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"lacks 'model\.layers\.2\..* and 2 more, which"):
         selected(whole, deeper)
+    for sides in (
+        (whole, make_llama(num_hidden_layers=1)),
+        (make_llama(num_hidden_layers=1), whole),
+    ):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM\) lacks 'model\.layers\.1\."):
+            selected(*sides)
 
 
 def test_other_shapes_are_named(folder: Path) -> None:
