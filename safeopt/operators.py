@@ -60,8 +60,8 @@ class Operator:
             return cls._with("vector", V, V * inverse[..., None, None], one[..., None], *counted)
         if rank is None:
             largest = leading(V, 1, seed)[1][..., 0].square() * inverse
-            least = norm.new_full(norm.shape, min(V.shape[-2:])) * (norm > 0)
-            counted = (norm, largest, norm, least, torch.ones_like(norm))
+            most = norm.new_full(norm.shape, min(V.shape[-2:])) * (norm > 0)
+            counted = (norm, largest, norm, most, torch.ones_like(norm))
             if V.shape[-2] <= V.shape[-1]:
                 return cls._with("dense", V, V @ V.mT * inverse[..., None, None], None, *counted)
             return cls._with("gram", V, V.clone(), inverse[..., None], *counted)
