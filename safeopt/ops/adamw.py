@@ -99,12 +99,17 @@ def masked_adamw_(
     anchor. The rest is as for `torch.optim.adam.adam`, which does the arithmetic.
     """
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        live = live_elements(p.numel(), bits[i], spans[i], nbits[i], offsets[i], live_bit)
-        where = live_indices(live, exp_avgs[i].numel())
-        del live
+        where = None  # all elements
+        if exp_avgs[i].numel() < p.numel():
+            live = live_elements(p.numel(), bits[i], spans[i], nbits[i], offsets[i], live_bit)
+            where = live_indices(live, exp_avgs[i].numel())
+            del live
 
-        def picked(tensor: Tensor, where: Tensor = where, dtype=exp_avgs[i].dtype) -> Tensor:
-            return tensor.reshape(-1).index_select(0, where).to(dtype)
+        def picked(tensor: Tensor, where=where, dtype=exp_avgs[i].dtype) -> Tensor:
+            flat = tensor.reshape(-1)
+            if where is None:
+                return flat.to(dtype, copy=True)
+            return flat.index_select(0, where).to(dtype)
 
         moving, gradient = picked(p), picked(g)
         decay = weight_decay
@@ -135,6 +140,9 @@ def masked_adamw_(
         found_inf = adam_options.get("found_inf")
         if found_inf is not None:  # `adam` has skipped the step; so must the decoupled pull
             moving = torch.where(found_inf.bool(), picked(p), moving)
+        if where is None:
+            p.copy_(moving.view(p.shape))
+            continue
         flat = p.reshape(-1)
         flat.index_copy_(0, where, moving.to(p.dtype))
         if not p.is_contiguous():
