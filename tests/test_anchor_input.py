@@ -34,7 +34,7 @@ def test_bad_anchors_say_what_to_do(tmp_path: Path) -> None:
         (ValueError, "anchor_strength is -1", {"anchor": "uniform", "anchor_strength": -1}),
         (ValueError, "anchor_strength is inf", {**on, "anchor_strength": float("inf")}),
         (ValueError, "anchor_mode is 'both'; .*coupled, decoupled", {"anchor_mode": "both"}),
-        (ValueError, "anchor is 'unifrom'", {**on, "anchor": "unifrom"}),
+        (ValueError, "anchor is 'even'", {**on, "anchor": "even"}),
         (TypeError, "must be Scores.*got dict", {**on, "anchor": {"matrix": torch.ones(37, 53)}}),
         (ValueError, "all zero", {**on, "anchor": zero}),
         (ValueError, "selects no weight", {**on, "anchor": nothing}),

@@ -236,6 +236,31 @@ def test_transposed_parameters_step_as_contiguous_ones(mode: Any, lr: Any) -> No
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_a_gradient_scaler_neither_scales_the_pull_nor_lets_a_skipped_step_pull(
+    mode: Any, fused: bool
+) -> None:
+    moved = []
+    for scaled in (False, True):
+        model = Bag()
+        pull = {"anchor": "uniform", "anchor_strength": 9.0, "anchor_mode": mode}
+        optimizer = SafeAdamW(model.named_parameters(), **HYPER, fused=fused, **pull)
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=100, enabled=scaled)
+        for step in range(5):
+            set_grads(model, step)
+            scaler.scale(torch.ones(()))  # makes the scale
+            for p in model.parameters():
+                p.grad *= scaler.get_scale()
+            if step == 2:
+                model.long.grad[5] = float("inf")
+            if scaled or step != 2:
+                scaler.step(optimizer)
+                scaler.update()
+        moved.append(model)
+    assert_same(*moved)
+
+
 def test_values_on_another_device_come_one_at_a_time() -> None:
     """So that no second copy of the model comes to be on the device."""
     columns: list[list[Any]] = [[] for _ in range(COLUMNS)]

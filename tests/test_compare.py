@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 pytest.importorskip("transformers")
 
-from safeopt import artifact
+from safeopt import artifact, report
 from safeopt.compare import ARMS, Arm, Context, Scenario, Sets, Settings, compare, parse_arms, run
 from safeopt.compare.scoring import cached_scores
 from safeopt.integrations.transformers import load_model
@@ -310,6 +311,21 @@ def test_seeds_must_differ(seeds: list[int], tiny_folder: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="seeds"):
         compare(tiny_folder, make_sets(), ["adamw"], seeds, tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
+
+
+def test_anchors_by_fisher_scores_are_compared_with_their_control(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = replace(SMALL, method="fisher-sqrt")
+    arms = ["adamw", "l2:3", "anchor:3", "anchor-shuffle:3"]
+    results = compare(tiny_folder, make_sets(), arms, [0], tmp_path, settings, progress=False)
+    assert results["scores"]["method"] == "fisher"
+    moved = [run["curve"][-1]["drift"]["all"]["norm"] for run in results["runs"]]
+    assert len(set(moved)) == 4 and max(moved[1:]) < moved[0]
+    said = report.verdict(results)
+    assert "anchor:3" in said and "anchor-shuffle:3" in said and "l2:3" in said
+    with pytest.raises(ValueError, match="method is 'fischer'; it must be one of esi, fisher"):
+        replace(SMALL, method="fischer")
 
 
 def test_scores_are_kept_for_the_same_model_and_rows_only(
