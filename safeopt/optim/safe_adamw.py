@@ -42,7 +42,8 @@ class SafeAdamW(torch.optim.AdamW):
         lr, betas, eps, weight_decay, amsgrad: as for AdamW.
         freeze: selected elements never move; parameters the mask does not name are live (SPA).
         train: only selected elements move; parameters the mask does not name are frozen (SET).
-        maximize, foreach, capturable, differentiable, fused: as for AdamW.
+        maximize, foreach, capturable, differentiable, fused: as for AdamW. `foreach` and `fused`
+            choose among torch's own kernels, for the parameters that the mask leaves whole.
 
     Raises:
         TypeError: a mask is not a `SafetyMask`.
