@@ -14,12 +14,6 @@ struct Columns {
   const F *g, *anchor, *share;
 };
 
-// What to ask memory for during an update: so many bytes of p and of g with every kPad elements.
-struct Ahead {
-  const char *p, *g;
-  int64_t bytes;
-};
-
 template <class F>
 struct Buffers {
   alignas(64) F p[kBlock + kPad], g[kBlock + kPad], m[kBlock + kPad], v[kBlock + kPad];
@@ -35,12 +29,7 @@ __attribute__((noinline)) void update(F* __restrict p, const F* __restrict g, F*
   constexpr bool PULLED = PULL != Pull::none;
   const Step<F> s = step;
   for (int64_t i = 0; i < n; i += kPad) {
-    for (int64_t line = 0; line < ahead.bytes; line += 64) {
-      __builtin_prefetch(ahead.p + line, 1);
-      __builtin_prefetch(ahead.g + line, 0);
-    }
-    ahead.p += ahead.bytes;
-    ahead.g += ahead.bytes;
+    prefetch(ahead, m + i, v + i);
     for (int64_t j = i; j < i + kPad; ++j) {
       F none = 0;
       adamw<AMSGRAD, PULL>(p[j], g[j], m[j], v[j], AMSGRAD ? v_max[j] : none,
@@ -109,23 +98,16 @@ void step_piece(const AdamwTensor& t, const Step<F>& s, int64_t i, int64_t n, in
   if (c.v_max == b.v_max) scatter(b.v_max, t.v_max, t.state_type, rank, all, count);
 }
 
-inline int shift_of(Dtype type) { return type == Dtype::f64 ? 3 : type == Dtype::f32 ? 2 : 1; }
-inline int size_of(Dtype type) { return 1 << shift_of(type); }
-
-inline const char* at(const void* data, Dtype type, int64_t i) {
-  return static_cast<const char*>(data) + i * size_of(type);
-}
-
 // A block with many live elements, in pieces so short that the processor overlaps the arithmetic
 // of one with the loads of the next.
 template <class F>
 void step_dense(const AdamwTensor& t, const Step<F>& s, int64_t i, int64_t n, int64_t rank,
-                int64_t live, Buffers<F>& b) {
-  constexpr int64_t kPiece = 256, kAhead = 512;
+                int64_t live, Ahead next, Buffers<F>& b) {
+  constexpr int64_t kPiece = 256;
   constexpr int64_t kLanes = 40;  // per cent of live elements from which on lanes are not wasted
   uint64_t words[kBlock / 64];
   live_words(t.rule, i, int(n), words);
-  if (fits_lanes(t) && 100 * live > kLanes * n) return step_lanes(t, i, n, rank, words);
+  if (fits_lanes(t) && 100 * live > kLanes * n) return step_lanes(t, i, n, rank, words, next);
   for (int64_t k = 0; k < n; k += kPiece) {
     int64_t length = n - k < kPiece ? n - k : kPiece, count = 0;
     for (int64_t j = 0; j < length; j += 64) count += __builtin_popcountll(words[(k + j) / 64]);
@@ -133,6 +115,32 @@ void step_dense(const AdamwTensor& t, const Step<F>& s, int64_t i, int64_t n, in
     if (count >= kPad) ahead.bytes = (kPiece * size_of(t.p_type) / (count / kPad) + 63) / 64 * 64;
     step_piece(t, s, i + k, length, rank, count, {words + k / 64, nullptr}, ahead, b);
     rank += count;
+  }
+}
+
+// A block of rows, or of other long units: each live one where it lies.
+template <class F>
+void step_units(const AdamwTensor& t, const Step<F>& s, int64_t i, int64_t n, int64_t rank,
+                Buffers<F>& b) {
+  constexpr int kLook = 4;  // units to look ahead for the next live one
+  const int64_t end = i + n;
+  while (i < end) {
+    int64_t at = i + t.rule.offset, left = t.rule.span - at % t.rule.span;
+    int64_t length = left < end - i ? left : end - i;
+    if (live(t.rule, i)) {
+      int64_t next = i + length;
+      for (int k = 0; k < kLook && next < t.numel && !live(t.rule, next); ++k) next += t.rule.span;
+      Ahead ahead = lines_at(t, next);
+      if (fits_lanes(t)) {
+        uint64_t words[kBlock / 64];
+        for (int64_t k = 0; k < length; k += 64) words[k / 64] = first_bits(length - k);
+        step_lanes(t, i, length, rank, words, ahead);
+      } else {
+        step_piece(t, s, i, length, rank, length, {}, ahead, b);
+      }
+      rank += length;
+    }
+    i += length;
   }
 }
 
@@ -194,6 +202,7 @@ class Batch {
   int32_t places_[kBlock + kPad];
 };
 
+constexpr int64_t kLong = 64;     // elements of a unit from which on it is worth a loop of its own
 constexpr int64_t kSparse = 160;  // live elements of a block up to which they are met one by one
 
 template <class F>
@@ -207,10 +216,15 @@ void step_blocks(const AdamwTensor& t, int64_t first, int64_t end) {
     int64_t i = k * kBlock, n = t.numel - i < kBlock ? t.numel - i : kBlock;
     int64_t rank = t.starts[k], count = t.starts[k + 1] - rank;
     if (count == 0) continue;
+    int64_t next = k + 1;
+    while (next < end && t.starts[next] == t.starts[next + 1]) ++next;
+    const Ahead ahead = next < end ? lines_at(t, next * kBlock) : Ahead{};
     if (count == n) {
-      step_piece(t, s, i, n, rank, n, {}, {}, buffers);
+      step_piece(t, s, i, n, rank, n, {}, ahead, buffers);
+    } else if (t.rule.span >= kLong) {
+      step_units(t, s, i, n, rank, buffers);
     } else if (count > kSparse) {
-      step_dense(t, s, i, n, rank, count, buffers);
+      step_dense(t, s, i, n, rank, count, ahead, buffers);
     } else {
       batch.add(i, n, rank, count);
       continue;

@@ -71,11 +71,12 @@ inline void squeeze(float* to, Lanes values, __mmask16 live, int count) {
 
 template <bool AMSGRAD, Pull PULL>
 __attribute__((noinline)) void step_lanes(const Rows& rows, int64_t n, const uint64_t* words,
-                                          const Step<Lanes>& s) {
+                                          Ahead ahead, const Step<Lanes>& s) {
   Group group, next;
   read<AMSGRAD, PULL>(rows, 0, words[0], 0, next);
   for (int64_t i = 0; i < n; i += 16) {
     group = next;
+    prefetch(ahead, rows.m + group.rank, rows.v + group.rank);
     // Read before this group is written: a load that follows a masked store to neighbouring bytes
     // waits until the store has left the processor.
     if (i + 16 < n) read<AMSGRAD, PULL>(rows, i + 16, words[(i + 16) / 64], group.next, next);
@@ -95,7 +96,7 @@ inline bool fits_lanes(const AdamwTensor& t) {
 }
 
 inline void step_lanes(const AdamwTensor& t, int64_t i, int64_t n, int64_t rank,
-                       const uint64_t* words) {
+                       const uint64_t* words, Ahead ahead) {
   auto row = [](const void* data, int64_t place) {
     return data ? static_cast<float*>(const_cast<void*>(data)) + place : nullptr;
   };
@@ -104,20 +105,20 @@ inline void step_lanes(const AdamwTensor& t, int64_t i, int64_t n, int64_t rank,
   const Step<Lanes> s = narrowed<Lanes>(t.step);
   switch (t.pull) {
     case Pull::none:
-      return (t.v_max ? step_lanes<true, Pull::none> : step_lanes<false, Pull::none>)(rows, n,
-                                                                                      words, s);
+      return (t.v_max ? step_lanes<true, Pull::none>
+                      : step_lanes<false, Pull::none>)(rows, n, words, ahead, s);
     case Pull::coupled:
       return (t.v_max ? step_lanes<true, Pull::coupled>
-                      : step_lanes<false, Pull::coupled>)(rows, n, words, s);
+                      : step_lanes<false, Pull::coupled>)(rows, n, words, ahead, s);
     case Pull::decoupled:
       return (t.v_max ? step_lanes<true, Pull::decoupled>
-                      : step_lanes<false, Pull::decoupled>)(rows, n, words, s);
+                      : step_lanes<false, Pull::decoupled>)(rows, n, words, ahead, s);
   }
 }
 
 #else
 inline bool fits_lanes(const AdamwTensor&) { return false; }
-inline void step_lanes(const AdamwTensor&, int64_t, int64_t, int64_t, const uint64_t*) {}
+inline void step_lanes(const AdamwTensor&, int64_t, int64_t, int64_t, const uint64_t*, Ahead) {}
 #endif
 
 }  // namespace

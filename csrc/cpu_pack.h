@@ -13,12 +13,46 @@ namespace safeopt {
 namespace {
 
 constexpr int kPad = 16;
+constexpr int64_t kAhead = 512;  // elements between what is used and what memory is asked for
 
 // Which of some elements are live: all (both null), the set bits of `words`, or those at `places`.
 struct Live {
   const uint64_t* words;
   const int32_t* places;
 };
+
+inline int shift_of(Dtype type) { return type == Dtype::f64 ? 3 : type == Dtype::f32 ? 2 : 1; }
+inline int size_of(Dtype type) { return 1 << shift_of(type); }
+
+inline const char* at(const void* data, Dtype type, int64_t i) {
+  return static_cast<const char*>(data) + i * size_of(type);
+}
+
+// What to ask memory for during an update: so many bytes of p and of g with every kPad elements.
+struct Ahead {
+  const char *p, *g;
+  int64_t bytes;
+};
+
+// Moves `ahead` on. It pays also where elements follow each other, as measured: the processor's own
+// prefetchers stop at every page. (Inlined by force: to the compiler a function that only
+// prefetches does nothing, and its call goes.)
+template <class F>
+inline __attribute__((always_inline)) void prefetch(Ahead& ahead, const F* m, const F* v) {
+  for (int64_t line = 0; line < ahead.bytes; line += 64) {
+    __builtin_prefetch(ahead.p + line, 1);
+    __builtin_prefetch(ahead.g + line, 0);
+  }
+  ahead.p += ahead.bytes;
+  ahead.g += ahead.bytes;
+  __builtin_prefetch(m + kAhead / 2, 1);
+  __builtin_prefetch(v + kAhead / 2, 1);
+}
+
+// The lines from element i on, as many as are used up meanwhile.
+inline Ahead lines_at(const AdamwTensor& t, int64_t i) {
+  return {at(t.p, t.p_type, i), at(t.g, t.g_type, i), kPad * size_of(t.p_type)};
+}
 
 template <class F, class T>
 inline void convert(const T* __restrict from, F* __restrict to, int64_t n) {

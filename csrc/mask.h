@@ -22,6 +22,10 @@ SAFEOPT_HD bool live(const Rule& rule, int64_t i) {
   return bool(rule.bits[bit >> 3] >> (bit & 7) & 1) == rule.live_bit;
 }
 
+SAFEOPT_HD uint64_t first_bits(int64_t n) {
+  return n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
+}
+
 // The n <= 64 bits from `first` on, not reading beyond the byte that holds bit first + n - 1.
 SAFEOPT_HD uint64_t bits_at(const uint8_t* bits, int64_t first, int n) {
   const uint8_t* from = bits + (first >> 3);
@@ -35,7 +39,7 @@ SAFEOPT_HD uint64_t bits_at(const uint8_t* bits, int64_t first, int n) {
     for (int k = 0; k < bytes && k < 8; ++k) word |= uint64_t(from[k]) << (8 * k);
   word >>= shift;
   if (bytes == 9) word |= uint64_t(from[8]) << (64 - shift);
-  return n == 64 ? word : word & ((uint64_t(1) << n) - 1);
+  return word & first_bits(n);
 }
 
 // Bit k is set where element i + k is live, for the n <= 64 elements from i on. `unit` is the unit
@@ -54,7 +58,7 @@ SAFEOPT_HD uint64_t live_word(const Rule& rule, int64_t i, int n, int64_t unit) 
     } else {  // up to the end of the unit
       take = int(rule.span - within < n - done ? rule.span - within : n - done);
       bool set = rule.bits[unit >> 3] >> (unit & 7) & 1;
-      piece = !set ? 0 : take == 64 ? ~uint64_t(0) : (uint64_t(1) << take) - 1;
+      piece = set ? first_bits(take) : 0;
       within = 0;
       ++unit;
     }
@@ -63,7 +67,7 @@ SAFEOPT_HD uint64_t live_word(const Rule& rule, int64_t i, int n, int64_t unit) 
     done += take;
   }
   if (!rule.live_bit) word = ~word;
-  return n == 64 ? word : word & ((uint64_t(1) << n) - 1);
+  return word & first_bits(n);
 }
 
 SAFEOPT_HD uint64_t live_word(const Rule& rule, int64_t i, int n) {

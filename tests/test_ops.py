@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from safeopt import ops
 from safeopt.mask import BitMask
+from safeopt.ops import directory
 
 OPTIONS = {
     "lr": 3e-3, "beta1": 0.85, "beta2": 0.95, "weight_decay": 0.13, "eps": 1e-6,
@@ -86,6 +89,9 @@ def test_bit_rule_is_the_definition(data: st.DataObject) -> None:
     assert ops.live_indices(actual, sum(expected)).tolist() == [
         i for i, live in enumerate(expected) if live
     ]
+    with mock.patch.object(directory, "BLOCK", 4), mock.patch.object(directory, "_CHUNK", 3):
+        starts = ops.live_starts(numel, bits, span, nbits, offset, live_bit)
+    assert starts.tolist() == [sum(expected[:i]) for i in [*range(0, numel, 4), numel]]
 
 
 def test_any_memory_layout() -> None:

@@ -61,7 +61,8 @@ class SafeAdamW(torch.optim.AdamW):
             dtype: load the weights first. "cpu" keeps the copy in CPU memory and streams it. The
             folder of a model maps its safetensors files, without a copy; a mapping from name to
             tensor is used as it is. Shares lie beside the values.
-        maximize, foreach, capturable, differentiable, fused: as for AdamW.
+        maximize, foreach, capturable, differentiable, fused: as for AdamW. `foreach` and `fused`
+            choose among torch's own kernels, for the parameters that the mask leaves whole.
 
     Raises:
         TypeError: a mask or an anchor of another type; an anchor for complex parameters.
