@@ -87,12 +87,13 @@ def test_errors_are_torchs(case: Any) -> None:
             SafeAdamW(params, **spec.kwargs)
 
 
-def test_the_signature_is_torchs_plus_freeze_and_train() -> None:
+def test_the_signature_is_torchs_and_ours() -> None:
     import inspect
 
     ours = inspect.signature(SafeAdamW.__init__).parameters
     theirs = inspect.signature(torch.optim.AdamW.__init__).parameters
-    assert set(ours) - set(theirs) == {"freeze", "train"}
+    own = {"freeze", "train", "anchor", "anchor_strength", "anchor_mode", "anchor_values"}
+    assert set(ours) - set(theirs) == own
     for name, parameter in theirs.items():
         assert ours[name].default == parameter.default, name
         assert ours[name].kind == parameter.kind, name
