@@ -14,13 +14,14 @@ import safeopt.methods as methods
 from safeopt._version import __version__
 from safeopt.direction import AlignmentDirection
 from safeopt.mask import BitMask, SafetyMask
-from safeopt.optim import SafeAdamW, hold
+from safeopt.optim import AsFTAdamW, SafeAdamW, hold, project_step
 from safeopt.penalty import asft_penalty
 from safeopt.scores import Scores, score
 from safeopt.selection import select
 
 __all__ = [
     "AlignmentDirection",
+    "AsFTAdamW",
     "BitMask",
     "SafeAdamW",
     "SafetyMask",
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "hold",
     "methods",
+    "project_step",
     "score",
     "select",
 ]

@@ -33,7 +33,7 @@ ALLOWED = {
     "selection": "mask ops scores",
     "methods": "artifact names scores targets",
     "ops": "bitmask",
-    "optim": "artifact mask names ops scores",
+    "optim": "artifact direction mask names operators ops penalty scores",
     "data": "",
     "checkpoint": "artifact data",
     "train": "checkpoint data",
@@ -111,6 +111,7 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 def test_public_names() -> None:
     assert safeopt.__all__ == [
         "AlignmentDirection",
+        "AsFTAdamW",
         "BitMask",
         "SafeAdamW",
         "SafetyMask",
@@ -120,6 +121,7 @@ def test_public_names() -> None:
         "evaluate",
         "hold",
         "methods",
+        "project_step",
         "score",
         "select",
     ]
