@@ -31,7 +31,7 @@ ALLOWED = {
     "penalty": "direction names",
     "scores": "artifact names ops",
     "selection": "mask ops scores",
-    "methods": "artifact names scores targets",
+    "methods": "artifact data direction names operators pair penalty scores targets train weights",
     "ops": "bitmask",
     "optim": "artifact direction mask names operators ops penalty scores",
     "data": "",
@@ -40,12 +40,13 @@ ALLOWED = {
     "evaluate": "data mask names",
     "environment": "",
     "organism": "artifact data",
-    "integrations": "artifact checkpoint mask names optim organism",
+    "integrations": "artifact checkpoint direction mask methods names optim organism penalty"
+    " weights",
     "compare": "artifact data environment evaluate integrations mask methods optim organism scores"
     " selection train",
     "report": "artifact compare evaluate",
-    "cli": "_version compare data environment evaluate integrations mask methods ops optim"
-    " organism report scores selection train safeopt",
+    "cli": "_version compare data direction environment evaluate integrations mask methods ops"
+    " optim organism report scores selection train safeopt",
     "__main__": "cli",
     "__init__": "_version direction evaluate mask methods optim penalty scores selection",
 }

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from safeopt._version import __version__
-from safeopt.cli import compare, demo, env, evaluate, score, select, train
+from safeopt.cli import compare, demo, direction, env, evaluate, project, score, select, train
 from safeopt.cli.config import with_config
 
 __all__ = ["main"]
@@ -20,6 +20,8 @@ COMMANDS: dict[str, ModuleType] = {
     "select": select,
     "train": train,
     "evaluate": evaluate,
+    "direction": direction,
+    "project": project,
     "compare": compare,
     "demo": demo,
     "env": env,
