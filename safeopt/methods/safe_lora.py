@@ -35,6 +35,7 @@ def apply_safe_lora(
     the share kept, so it does not enter. Computed in float32 whatever the adapters' dtype (float64
     for float64), from products of size d x r. Projecting again changes nothing for "subspace" with
     a threshold below 1; "safelora" is no projector, and each call shrinks the adapters further.
+    What is trained beside adapters (`modules_to_save`, biases) is left as it is.
 
     Args:
         model: a PEFT model, adapters not merged, with float base weights. To project a saved
