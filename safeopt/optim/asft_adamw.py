@@ -192,11 +192,13 @@ class AsFTAdamW(SafeAdamW):
 
     def _shrink(self, name: str, p: Tensor, pull: Pull, lr: float | Tensor) -> None:
         """Take the share of one step off the part across the direction, of live elements."""
-        taken = pull.gradient * (rate(pull, lr) / 2)
+        taken, share = pull.gradient, rate(pull, lr) / 2
+        if isinstance(share, Tensor):
+            taken, share = taken * share, 1.0
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:  # the rest of the step will be skipped
             taken = torch.where(found_inf.bool(), 0.0, taken)
         live = {n: count for n, _, count in self._members({"params": [p], "param_names": [name]})}
         if live[name] < p.numel():
             taken = taken.masked_fill_(~self._where(name, p).view(p.shape), 0)
-        p.sub_(taken)
+        p.sub_(taken, alpha=share)
