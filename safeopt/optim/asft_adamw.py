@@ -188,6 +188,9 @@ class AsFTAdamW(SafeAdamW):
         strength = -pull.group["lam"] if maximize else pull.group["lam"]
         scale = getattr(self, "grad_scale", None)
         towards = pull.gradient if scale is None else pull.gradient * scale
+        if gradient.dtype == towards.dtype and not torch.is_grad_enabled():
+            # Into memory that is there: new memory costs as much as the penalty's arithmetic.
+            return torch.add(gradient, towards, alpha=strength, out=towards)
         return gradient.add(towards, alpha=strength).to(gradient.dtype)
 
     def _shrink(self, name: str, p: Tensor, pull: Pull, lr: float | Tensor) -> None:
