@@ -37,7 +37,7 @@ ALLOWED = {
     "data": "",
     "checkpoint": "artifact data",
     "train": "checkpoint data",
-    "evaluate": "data mask names",
+    "evaluate": "artifact data mask names weights",
     "environment": "",
     "organism": "artifact data",
     "integrations": "artifact checkpoint direction mask methods names optim organism penalty"
@@ -45,8 +45,8 @@ ALLOWED = {
     "compare": "artifact data environment evaluate integrations mask methods optim organism scores"
     " selection train",
     "report": "artifact compare evaluate",
-    "cli": "_version compare data direction environment evaluate integrations mask methods ops"
-    " optim organism report scores selection train safeopt",
+    "cli": "_version artifact compare data direction environment evaluate integrations mask methods"
+    " ops optim organism report scores selection train safeopt",
     "__main__": "cli",
     "__init__": "_version direction evaluate mask methods optim penalty scores selection",
 }

@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from safeopt._version import __version__
-from safeopt.cli import compare, demo, direction, env, evaluate, project, score, select, train
+from safeopt.cli import (
+    basin,
+    compare,
+    demo,
+    direction,
+    env,
+    evaluate,
+    project,
+    score,
+    select,
+    train,
+)
 from safeopt.cli.config import with_config
 
 __all__ = ["main"]
@@ -20,6 +31,7 @@ COMMANDS: dict[str, ModuleType] = {
     "select": select,
     "train": train,
     "evaluate": evaluate,
+    "basin": basin,
     "direction": direction,
     "project": project,
     "compare": compare,

@@ -1,7 +1,10 @@
 """What is left afterwards: safety, skill, and how far the weights have moved."""
 
+from safeopt.evaluate.basin import basin
+from safeopt.evaluate.directions import across, difference_direction, random_direction
 from safeopt.evaluate.drift import drift
 from safeopt.evaluate.generate import answers
+from safeopt.evaluate.length import effective_length
 from safeopt.evaluate.proportion import Proportion
 from safeopt.evaluate.refusal import (
     PHRASES,
@@ -19,10 +22,15 @@ __all__ = [
     "Proportion",
     "RefusalReport",
     "accuracy",
+    "across",
     "answers",
+    "basin",
+    "difference_direction",
     "drift",
+    "effective_length",
     "is_refusal",
     "perplexity",
     "phrases_hash",
+    "random_direction",
     "refusal_rate",
 ]
