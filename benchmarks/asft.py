@@ -1,6 +1,6 @@
 """Anchors and alignment directions on the organism, with plain L2 and shuffled shares beside them.
 
-    python benchmarks/asft.py poison-10 --data DATA --out OUT [--arms adamw l2:1 ...] [--seeds 0 1 2]
+    python benchmarks/asft.py poison-10 --data DATA --out OUT [--arms adamw l2:1 ...] [--seeds 0 1]
 
 DATA is a folder with agnews_train.jsonl, agnews_test.jsonl and refusals.jsonl (instruction and
 response, one object a line). Settings, each resumable, the aligned organism on AG News:
