@@ -76,7 +76,11 @@ def main() -> None:
         steps=args.steps, eval_every=50, lr=args.lr, batch_size=4, max_length=300,
         eval_batch_size=100, max_new_tokens=12, weight_decay=0.0, method="fisher-sqrt",
     )  # fmt: skip
-    command = f"python benchmarks/asft.py {args.setting} --data DATA --out OUT"
+    command = (
+        f"python benchmarks/asft.py {args.setting} --data DATA --out OUT --lr {args.lr:g}"
+        f" --steps {args.steps} --seeds {' '.join(map(str, args.seeds))}"
+        f" --arms {' '.join(args.arms)}"
+    )
     results = compare(
         "organism:aligned",
         sets_for(args.setting, args.data),
