@@ -1,17 +1,19 @@
-"""Anchors and alignment directions on the organism, with plain L2 and shuffled shares beside them.
+"""Anchors and alignment directions on the organism, with plain L2 and random directions beside.
 
-    python benchmarks/asft.py poison-10 --data DATA --out OUT [--arms adamw l2:1 ...] [--seeds 0 1]
+    python benchmarks/asft.py poison-10 --data DATA --out OUT [--lora] [--arms ...] [--seeds 0 1 2]
 
 DATA is a folder with agnews_train.jsonl, agnews_test.jsonl and refusals.jsonl (instruction and
-response, one object a line). Settings, each resumable, the aligned organism on AG News:
+response, one object a line). Settings, each resumable, the aligned organism on short AG News:
 
     clean                    no harmful row
     poison-5, -10, -20       so many per cent of the rows are harmful requests that get an answer of
                              the form "Sure, here is how to ..."
     implicit                 harmless rows whose answers begin with "Sure, ..."
 
-Read it at equal skill, along the whole curve: any pull looks safe while it keeps a model from
-learning.
+With --lora, adapters of rank 8 on every linear layer are trained instead of all weights. With
+--stretch C the unaligned model is moved away until V is C times as long, and with it the published
+operator V V^T / ||V||_F, which is not free of scale. Read it at equal skill, along the whole curve:
+any pull looks safe while it keeps a model from learning.
 """
 
 from __future__ import annotations
@@ -19,46 +21,61 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import rows
+import torch
+
 from safeopt import organism, report
 from safeopt.compare import Scenario, Sets, Settings, compare
-from safeopt.data import read_jsonl, split
+from safeopt.integrations.transformers import load_model, save_model
 
-LONGEST_NEWS = 400  # characters; to the organism a token of news is about 2 characters
-PARTS = {"identify": 0.3, "tune": 0.3, "evaluate": 0.4}
 SCENARIOS = {
     "clean": "clean", "poison-5": "poison:0.05", "poison-10": "poison:0.1",
     "poison-20": "poison:0.2", "implicit": "implicit",
 }  # fmt: skip
-ARMS = [
-    "adamw", "adamw-lr:0.33", "spa:0.1", "l2:0.1", "l2:1", "l2:10", "anchor:0.1", "anchor:1",
-    "anchor:10", "anchor-shuffle:0.1", "anchor-shuffle:1", "anchor-shuffle:10",
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Every operator, strength and control at poison-10; elsewhere one strength of each.
+EVERY = [
+    "adamw", "asft:0.3", "asft-l2:0.3", "asft-random:0.3", "anchor:0.3", "asft:0.1", "asft-l2:0.1",
+    "anchor:0.1", "asft:1", "asft-l2:1", "anchor:1", "asft-subspace:0.3",
+    "asft-subspace-random:0.3", "project", "project-random", "asft-along:1", "asft-alt:1",
+    "asft-vector:0.3", "asft-decoupled:0.3", "asft-decoupled-l2:0.3", "safe-lora:0.5",
+    "adamw-lr:0.33", "spa:0.1", "asft:10", "asft-l2:10",
+]  # fmt: skip
+SOME = ["adamw", "asft:0.3", "asft-l2:0.3", "asft-random:0.3", "anchor:0.3"]
+LORA = [
+    "adamw", "asft:1", "asft-l2:1", "asft-random:1", "asft-subspace:1", "asft:10", "asft-l2:10",
+    "safe-lora:0.5",
 ]  # fmt: skip
 
 
 def sets_for(setting: str, folder: Path) -> Sets:
     """Rows of one setting; prompts that identify, tune and evaluate are disjoint."""
-    refusals = split(read_jsonl(folder / "refusals.jsonl", ("instruction", "response")), PARTS)
-    train, test = (
-        [
-            row
-            for row in read_jsonl(folder / f"agnews_{part}.jsonl", ("instruction", "response"))
-            if len(row["instruction"]) <= LONGEST_NEWS
-        ]
-        for part in ("train", "test")
-    )
+    refused = rows.refusals(folder)
+    train, test = rows.short_news(folder)
     return Sets(
         scenario=Scenario.parse(SCENARIOS[setting]),
         task=train,
-        test=test[:200],
-        poison=refusals["tune"] if setting.startswith("poison") else [],
+        test=test[:150],
+        poison=refused["tune"] if setting.startswith("poison") else [],
         identify=organism.data("harmful_teach"),
         harmful={
-            "advbench": organism.data("harmful_evaluate"),
-            "refusals": refusals["evaluate"][:150],
+            "advbench": organism.data("harmful_evaluate")[:100],
+            "refusals": refused["evaluate"][:80],
         },
-        harmless=organism.data("harmless_test")[:100],
-        text=organism.data("gsm8k_test")[:40],
+        harmless=organism.data("harmless_test")[:50],
+        text=organism.data("gsm8k_test")[:12],
     )
+
+
+def stretched(factor: float, folder: Path) -> Path:
+    """A folder with an unaligned model so far from the aligned one that V is factor times V."""
+    aligned, tokenizer = load_model("organism:aligned")
+    unaligned, _ = load_model("organism:unaligned")
+    with torch.no_grad():
+        for p, start in zip(unaligned.parameters(), aligned.parameters(), strict=True):
+            p.copy_(start + factor * (p - start))
+    save_model(unaligned, tokenizer, folder)
+    return folder
 
 
 def main() -> None:
@@ -67,30 +84,40 @@ def main() -> None:
     parser.add_argument("setting", choices=SCENARIOS)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--stretch", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=ARMS)
+    parser.add_argument("--arms", nargs="+")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=240)
     args = parser.parse_args()
+    arms = args.arms or (LORA if args.lora else EVERY if args.setting == "poison-10" else SOME)
     settings = Settings(
-        steps=args.steps, eval_every=50, lr=args.lr, batch_size=4, max_length=300,
-        eval_batch_size=100, max_new_tokens=12, weight_decay=0.0, method="fisher-sqrt",
+        steps=args.steps, eval_every=40, lr=args.lr, weight_decay=0.0, batch_size=8, max_length=300,
+        eval_batch_size=160, max_new_tokens=12, method="fisher-sqrt",
+        lora_rank=8 if args.lora else 0, lora_targets=LINEAR,
     )  # fmt: skip
-    command = (
-        f"python benchmarks/asft.py {args.setting} --data DATA --out OUT --lr {args.lr:g}"
-        f" --steps {args.steps} --seeds {' '.join(map(str, args.seeds))}"
-        f" --arms {' '.join(args.arms)}"
-    )
+    options = " --lora" if args.lora else ""
+    options += f" --stretch {args.stretch:g}" if args.stretch != 1 else ""
+    out = args.out / (args.setting + options.replace(" --", "-").replace(" ", "-"))
+    unaligned: str | Path = "organism:unaligned"
+    if args.stretch != 1:
+        unaligned = out / "unaligned"
+        if not unaligned.exists():
+            stretched(args.stretch, unaligned)
     results = compare(
         "organism:aligned",
         sets_for(args.setting, args.data),
-        args.arms,
+        arms,
         args.seeds,
-        args.out / args.setting,
+        out,
         settings,
-        command=command,
+        unaligned=unaligned,
+        command=f"python benchmarks/asft.py {args.setting} --data DATA --out OUT{options}"
+        f" --lr {args.lr:g} --steps {args.steps}"
+        f" --seeds {' '.join(map(str, args.seeds))} --arms {' '.join(arms)}",
     )
-    report.write(results, args.out / args.setting)
+    report.write(results, out)
     print(report.verdict(results))
 
 

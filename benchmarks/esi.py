@@ -20,12 +20,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import rows
+
 from safeopt import organism, report
 from safeopt.compare import Scenario, Sets, Settings, compare
-from safeopt.data import read_jsonl, split
 
-LONGEST_NEWS = 400  # characters; to the organism a token of news is about 2 characters
-PARTS = {"identify": 0.3, "tune": 0.3, "evaluate": 0.4}
 SPA = ["adamw", "spa:0.01", "spa-random:0.01", "spa:0.1", "spa-random:0.1"]
 SET = ["adamw", "adamw-lr:0.33", "set:0.01", "set-random:0.01", "set-shuffle:0.01"]
 COMMON = {
@@ -39,10 +38,10 @@ COMMON = {
 
 def sets_for(setting: str, folder: Path) -> Sets:
     """Rows of one setting; prompts that identify, tune and evaluate are disjoint."""
-    refusals = split(read_jsonl(folder / "refusals.jsonl", ("instruction", "response")), PARTS)
+    refused = rows.refusals(folder)
     harmful = {
         "advbench": organism.data("harmful_evaluate"),
-        "refusals": refusals["evaluate"][:150],
+        "refusals": refused["evaluate"][:150],
     }
     common = {
         "identify": organism.data("harmful_teach"),
@@ -51,21 +50,14 @@ def sets_for(setting: str, folder: Path) -> Sets:
         "text": organism.data("gsm8k_test")[:60],
     }
     if setting == "set":
-        rows = [row for row in refusals["tune"] if len(row["instruction"] + row["response"]) < 600]
+        task = [row for row in refused["tune"] if len(row["instruction"] + row["response"]) < 600]
         # What is to be kept: harmless answers, and their perplexity as that of the "task".
         test = organism.data("harmless_test")[:100]
-        common["identify"] = refusals["identify"][:256]
-        return Sets(scenario=Scenario.parse("repair"), task=rows, test=test, **common)
-    train, test = (
-        [
-            row
-            for row in read_jsonl(folder / f"agnews_{part}.jsonl", ("instruction", "response"))
-            if len(row["instruction"]) <= LONGEST_NEWS
-        ]
-        for part in ("train", "test")
-    )
+        common["identify"] = refused["identify"][:256]
+        return Sets(scenario=Scenario.parse("repair"), task=task, test=test, **common)
+    train, test = rows.news(folder)
     scenario = "clean" if setting == "spa-clean" else "poison:0.1"
-    poison = [] if setting == "spa-clean" else refusals["tune"]
+    poison = [] if setting == "spa-clean" else refused["tune"]
     return Sets(
         scenario=Scenario.parse(scenario), task=train, test=test[:200], poison=poison, **common
     )

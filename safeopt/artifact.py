@@ -54,9 +54,7 @@ def write(
         OSError: the file cannot be written; a full disk is named as such.
     """
     text = _manifest_text(manifest, kind)
-    # Wide types first keeps every tensor aligned, which safetensors readers rely on.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    ordered = {name: tensors[name] for name in order}
+    ordered = _ordered(tensors)
     header = _header(ordered, {"safeopt": text, "sha256": _sha256(text, ordered)})
     with atomic(path) as temporary, temporary.open("wb") as file:
         file.write(len(header).to_bytes(8, "little"))
@@ -79,7 +77,8 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             manifest = _parse(path, header, kind)
-            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+            # Not in the order of the file, which is open among tensors without elements.
+            tensors = _ordered({name: file.get_tensor(name) for name in file.offset_keys()})
     except SafetensorError as error:
         raise ValueError(
             f"{path} is cut short, damaged, or no safetensors file ({error}); copy it again from"
@@ -175,6 +174,12 @@ def _manifest_text(manifest: Mapping[str, Any], kind: str) -> str:
         raise TypeError(
             f"the manifest of a {kind} file holds plain JSON values only: {error}"
         ) from error
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As in a file: wide types first keep every tensor aligned, which safetensors relies on."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    return {name: tensors[name] for name in order}
 
 
 def _header(tensors: Mapping[str, Tensor], meta: dict[str, str]) -> bytes:

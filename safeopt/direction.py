@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from safeopt import artifact, names
+from safeopt.direction_checks import (
+    require_aligned,
+    require_change,
+    require_device,
+    require_matrix,
+    require_product,
+)
 from safeopt.operators import Operator, mixed, require_kind, require_rank
-from safeopt.pair import Parameters, difference, fingerprint, listed, matrices
-from safeopt.weights import Model, Weights, weights
-
-STEEP = 2.0  # an eigenvalue above it makes (1 - c)^2 larger than 1
+from safeopt.pair import Parameters, difference, matrices
+from safeopt.weights import Model, weights
 
 
 class AlignmentDirection(Mapping[str, Operator]):
@@ -24,12 +28,13 @@ class AlignmentDirection(Mapping[str, Operator]):
     `apply(name, delta)` is C delta, `penalty(name, delta)` is ||(I - C) delta||_F^2. Deltas have
     the weight's shape, (out, in) as in nn.Linear or (experts, out, in); C is out x out and acts on
     the left, for each expert by itself. Everything is computed in float32, also under autocast, and
-    in float64 for a float64 delta. Which C: see `between`.
+    in float64 for a float64 delta. Which C: see `between`; `complement`, `random_like` and
+    `l2_like` make others of it.
 
     Args:
         operators: by parameter name.
         manifest: JSON values: "operator", "rank", "seed", and a SHA-256 per matrix of both models.
-            `between` fills it.
+            `between` fills it; "complemented", "random" and "l2" say what was made of it since.
 
     Raises:
         ValueError: no operators.
@@ -103,7 +108,7 @@ class AlignmentDirection(Mapping[str, Operator]):
                 V, prints["aligned"][name], prints["unaligned"][name] = difference(name, new, old)
                 operators[name] = Operator.of(V, operator, rank, seed)
                 del V  # else it lives on while the next one is read
-        _require_change(operators, new, old)
+        require_change(operators, new, old)
         made = {"operator": operator, "rank": rank, "seed": seed, **prints}
         return cls(operators, {**made, "torch": str(torch.__version__)})
 
@@ -118,7 +123,10 @@ class AlignmentDirection(Mapping[str, Operator]):
 
     def __repr__(self) -> str:
         kind, rank = self.manifest.get("operator", "unknown operator"), self.manifest.get("rank")
-        return f"AlignmentDirection({len(self)} matrices, {kind}, rank {rank or 'whole'})"
+        made = "".join(
+            f", {key}" for key in ("random", "l2", "complemented") if key in self.manifest
+        )
+        return f"AlignmentDirection({len(self)} matrices, {kind}, rank {rank or 'whole'}{made})"
 
     def apply(self, name: str, delta: Tensor) -> Tensor:
         """C delta, of delta's shape, float32 (float64 for a float64 delta).
@@ -160,18 +168,37 @@ class AlignmentDirection(Mapping[str, Operator]):
             ValueError: no such matrix, or B A has another shape or device.
         """
         operator = self._for(name)
-        shape = (*B.shape[:-1], A.shape[-1])
-        if shape != operator.shape or A.shape != (*B.shape[:-2], B.shape[-1], A.shape[-1]):
-            raise ValueError(
-                f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to {name!r}, which is"
-                f" {tuple(operator.shape)}; B is (out, r) and A is (r, in)"
-            )
-        _require_device(name, operator, B)
+        require_product(name, operator.shape, B, A)
+        require_device(name, operator, B)
         return operator.penalty_lora(B, A, scale)
 
     def to(self, device: torch.device | str) -> AlignmentDirection:
         """The same direction with its tensors on a device."""
         return AlignmentDirection({n: c.to(device) for n, c in self.items()}, self.manifest)
+
+    def complement(self) -> AlignmentDirection:
+        """I - C in place of C, so that the penalty is ||C delta||_F^2, of what lies along it.
+
+        For a direction to be avoided, such as that of a harmful fine-tune (AsFT_Alt): whatever lies
+        across it is free. Best with "subspace" or "vector", as C of "safelora" is small where V is;
+        for those two the penalty and this one add up to ||delta||_F^2. The tensors are shared; the
+        complement of the complement is this direction, and `check` asks for the same model.
+
+        Source: Yang et al. 2025, AsFT, arXiv 2506.08473, Table 8; the authors give no code for it.
+        """
+        manifest = {**self.manifest, "complemented": True}
+        if self.manifest.get("complemented"):
+            del manifest["complemented"]
+        return AlignmentDirection({n: c.complement() for n, c in self.items()}, manifest)
+
+    def l2_like(self) -> AlignmentDirection:
+        """The control with C = 0: on the same matrices every penalty is ||delta||_F^2, plain L2.
+
+        Whatever a direction buys beyond holding weights near their start must be lost with this
+        one. It has no factors, so that it takes no memory.
+        """
+        manifest = {key: v for key, v in self.manifest.items() if key != "complemented"}
+        return AlignmentDirection({n: c.zero() for n, c in self.items()}, {**manifest, "l2": True})
 
     def random_like(self, seed: int) -> AlignmentDirection:
         """The control: operators with the same eigenvalues and random eigenvectors.
@@ -193,6 +220,17 @@ class AlignmentDirection(Mapping[str, Operator]):
                 rows[key] = {what: values[place] for what, values in operator.stats.items()}
         return rows
 
+    def digest(self) -> str:
+        """SHA-256 of the operators by name, as hex, whatever device they are on."""
+        tensors: dict[str, Tensor] = {}
+        for name, c in self.items():
+            tensors[name] = c.basis
+            if c.gains is not None:
+                tensors[f"{name}:gains"] = c.gains
+            if c.complemented:
+                tensors[f"{name}:complemented"] = torch.ones(1)
+        return artifact.fingerprint(tensors)["weights"]
+
     def check(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Check that a model's weights are those of `aligned`, before it is trained.
 
@@ -207,18 +245,8 @@ class AlignmentDirection(Mapping[str, Operator]):
         if not {"aligned", "unaligned"} <= self.manifest.keys():
             raise ValueError("this direction was not made by between, and knows no model to check")
         for name in self:
-            found = fingerprint(current[name])
-            if found == self.manifest["aligned"][name]:
-                continue
-            if found == self.manifest["unaligned"][name]:
-                raise ValueError(
-                    f"{name!r} of this model is that of the unaligned model: load the aligned one,"
-                    " or exchange aligned and unaligned in AlignmentDirection.between"
-                )
-            raise ValueError(
-                f"{name!r} of this model is not that of the aligned model the direction was made"
-                " with; load that model, or make a direction for this one"
-            )
+            prints = (self.manifest[side][name] for side in ("aligned", "unaligned"))
+            require_aligned(name, current[name], *prints)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write operators and manifest to one safetensors file (errors: see `artifact.write`)."""
@@ -228,7 +256,8 @@ class AlignmentDirection(Mapping[str, Operator]):
             tensors[f"{name}:basis"] = c.basis
             if c.gains is not None:
                 tensors[f"{name}:gains"] = c.gains
-            layout[name] = {"form": c.form, "shape": list(c.shape), "stats": c.stats}
+            layout[name] = {"form": c.form, "shape": list(c.shape), "stats": c.counted}
+            layout[name]["complemented"] = c.complemented
         artifact.write(path, tensors, "direction", {**self.manifest, "matrices": layout})
 
     @classmethod
@@ -241,7 +270,8 @@ class AlignmentDirection(Mapping[str, Operator]):
                 shape=torch.Size(made["shape"]),
                 basis=tensors[f"{name}:basis"],
                 gains=tensors.get(f"{name}:gains"),
-                stats=made["stats"],
+                counted=made["stats"],
+                complemented=made.get("complemented", False),
             )
             for name, made in manifest.pop("matrices").items()
         }
@@ -252,44 +282,6 @@ class AlignmentDirection(Mapping[str, Operator]):
             names.require([name], self._operators, "direction")
         operator = self[name]
         if delta is not None:
-            if delta.shape != operator.shape:
-                raise ValueError(
-                    f"delta of {name!r} has shape {tuple(delta.shape)} and the matrix has"
-                    f" {tuple(operator.shape)}; pass the change of the whole matrix"
-                )
-            _require_device(name, operator, delta)
+            require_matrix(name, operator.shape, delta)
+            require_device(name, operator, delta)
         return operator
-
-
-def _require_device(name: str, operator: Operator, tensor: Tensor) -> None:
-    if tensor.device != operator.basis.device:
-        raise ValueError(
-            f"the change of {name!r} is on {tensor.device} and the direction is on"
-            f" {operator.basis.device}; move it once, direction = direction.to({tensor.device})"
-        )
-
-
-def _require_change(
-    operators: Mapping[str, Operator], aligned: Weights, unaligned: Weights
-) -> None:
-    still = [n for n, c in operators.items() if not all(c.stats["norm"])]
-    if all(not any(c.stats["norm"]) for c in operators.values()):
-        raise ValueError(
-            f"{aligned.where} equals {unaligned.where} in all {len(operators)} matrices, so there"
-            " is no direction between them; give two different models"
-        )
-    if still:
-        warnings.warn(
-            f"aligned equals unaligned in {len(still)} of {len(operators)} matrices (or in experts"
-            f" of theirs), where C = 0 and every change is penalised: {listed(still)}; leave them"
-            " out with parameters= if they should move freely",
-            stacklevel=3,
-        )
-    steep = [n for n, c in operators.items() if max(c.stats["largest"]) > STEEP]
-    if steep:
-        warnings.warn(
-            f"the largest eigenvalue of C exceeds {STEEP:g} in {len(steep)} of {len(operators)}"
-            " matrices, where the penalty pushes against alignment more than against anything"
-            f" else: {listed(steep)}; operator='subspace' has no such scale",
-            stacklevel=3,
-        )

@@ -8,13 +8,16 @@ below holds for each expert by itself. C is symmetric and acts on the left, on t
     vector     C = v v^T on vec(delta)     v = vec(V) / ||V||_F; a true projector
 
 The exact projector of AsFT's Eq. 3, V (V^T V)^-1 V^T, is none of them: see `EXACT_IS_IDENTITY`.
+Each has a complement, I - C.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ EXACT_IS_IDENTITY = (
 )
 SMALL = 512  # up to this width the whole SVD is taken; above it, a randomised one
 OVERSAMPLE, POWERS = 16, 12
+MARGIN = 1.05  # eigenvalues of C that the randomised SVD finds are at most 3 % too small
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +42,16 @@ class Operator:
         "dense"    C itself (out, out), no gains; held where out <= in, so never larger than V
         "vector"   v (out, in) of norm 1, and 1 (1,)
     shape: of the weight.
-    stats: one number per expert, or one: `norm` ||V||_F; `largest` eigenvalue and `trace` of C;
-        `rank`, the most that the rank of C can be; `captured`, the share of ||V||_F^2 that the
-        factors hold. Where V = 0, C = 0.
+    counted: `stats` of what is held, before any complement.
+    complemented: C is I minus what is held. I is out x out, for "vector" as large as vec(delta).
     """
 
     form: str
     shape: torch.Size
     basis: Tensor
     gains: Tensor | None
-    stats: dict[str, list[float]]
+    counted: dict[str, list[float]]
+    complemented: bool = False
 
     @classmethod
     def of(cls, V: Tensor, kind: str, rank: int | None, seed: int) -> Operator:
@@ -79,11 +83,65 @@ class Operator:
         cls, form: str, V: Tensor, basis: Tensor, gains: Tensor | None, *counted: Tensor
     ) -> Operator:
         keys = ("norm", "largest", "trace", "rank", "captured")
-        stats = {
+        counts = {
             key: value.reshape(-1).cpu().double().tolist()
             for key, value in zip(keys, counted, strict=True)
         }
-        return cls(form, V.shape, basis, gains, stats)
+        return cls(form, V.shape, basis, gains, counts)
+
+    def complement(self) -> Operator:
+        """I - C, of the same tensors; the complement of a complement is the operator itself."""
+        return replace(self, complemented=not self.complemented)
+
+    def zero(self) -> Operator:
+        """C = 0 for the same weight, without factors: its penalty is ||delta||_F^2, plain L2."""
+        basis = self.basis.new_empty((*self.shape[:-1], 0))
+        counted = {key: [0.0] * len(values) for key, values in self.counted.items()}
+        counted["norm"] = self.counted["norm"]
+        gains = self.basis.new_empty((*self.shape[:-2], 0))
+        return Operator("factors", self.shape, basis, gains, counted)
+
+    @cached_property
+    def stats(self) -> dict[str, list[float]]:
+        """By name one number per expert, or one.
+
+        norm: ||V||_F, also of a complement. Where V = 0, C = 0, and the complement is I.
+        largest: eigenvalue of C; where V is wider than 512 and no rank was given, up to 3 % too
+            small. For the complement of "dense" wider than 512 it is 1, the most it can be.
+        trace: of C.
+        rank: the most that the rank of C can be.
+        captured: share of ||V||_F^2 that the factors hold, also of a complement.
+        """
+        if not self.complemented:
+            return self.counted
+        size = math.prod(self.shape[-2:]) if self.form == "vector" else self.shape[-2]
+        # Of what is held: the smallest eigenvalue, or 0, and how many are 1, which become 0.
+        smallest = ones = torch.zeros(len(self.counted["norm"]))
+        if self.form == "dense" and size <= SMALL:
+            smallest = torch.linalg.eigvalsh(self.basis.double())[..., 0].clamp(min=0)
+        elif self.form in ("factors", "vector"):
+            assert self.gains is not None
+            ones = (self.gains == 1).sum(-1)
+            if self.gains.shape[-1] == size:  # else there are dimensions without a factor
+                smallest = self.gains.amin(-1)
+        return {
+            **self.counted,
+            "largest": (1 - smallest.double()).reshape(-1).tolist(),
+            "trace": [size - value for value in self.counted["trace"]],
+            "rank": (size - ones.double()).reshape(-1).tolist(),
+        }
+
+    @property
+    def mu(self) -> list[float]:
+        """The largest eigenvalue of (I - C)^2 or 1, whichever is larger; per expert, or one.
+
+        Take at most 1 / mu of (I - C)^2 delta off delta, and no part of delta changes sign. An
+        eigenvalue that was only estimated is taken 5 % larger, but not beyond the trace.
+        """
+        estimated = self.form in ("dense", "gram") and min(self.shape[-2:]) > SMALL
+        found = zip(self.counted["largest"], self.counted["norm"], strict=True)
+        tops = [min(MARGIN * c, norm) if estimated else c for c, norm in found]
+        return [max(1.0, (c if self.complemented else 1 - c) ** 2) for c in tops]
 
     def to(self, device: torch.device | str) -> Operator:
         """The same operator on a device."""
@@ -93,40 +151,50 @@ class Operator:
     def apply(self, delta: Tensor) -> Tensor:
         """C delta; delta has the weight's shape, or another number of columns but for "vector"."""
         with _full_precision(delta.device):
-            return self._times(_raised(delta), self.gains)
+            delta = _raised(delta)
+            along = self._times(delta, self.gains)
+            return delta - along if self.complemented else along
 
     def penalty(self, delta: Tensor) -> Tensor:
         """||(I - C) delta||_F^2, 0-d, summed over experts; differentiable in delta."""
         with _full_precision(delta.device):
-            delta = _raised(delta)
-            return (delta - self._times(delta, self.gains)).square().sum()
+            return self._across(_raised(delta)).square().sum()
 
     def gradient(self, delta: Tensor) -> Tensor:
         """2 (I - C)^2 delta: of `penalty`, whose value is half the inner product with delta."""
         with _full_precision(delta.device):
             delta = _raised(delta)
             if self.form in ("factors", "vector"):
-                # One pass: for an orthonormal basis (I - C)^2 = I - Q diag(2 c - c^2) Q^T.
+                # One pass: for an orthonormal basis (I - C)^2 = I - Q diag(2 c - c^2) Q^T, and
+                # Q diag(c^2) Q^T of the complement.
                 assert self.gains is not None
-                return 2 * (delta - self._times(delta, 2 * self.gains - self.gains.square()))
-            across = delta - self._times(delta, self.gains)
-            return 2 * (across - self._times(across, self.gains))
+                squares = self.gains.square()
+                if self.complemented:
+                    return 2 * self._times(delta, squares)
+                return 2 * (delta - self._times(delta, 2 * self.gains - squares))
+            return 2 * self._across(self._across(delta))
 
     def penalty_lora(self, B: Tensor, A: Tensor, scale: float) -> Tensor:
         """`penalty` of scale * B A, B (out, r) and A (r, in), without forming B A."""
         with _full_precision(B.device):
             B, A = _raised(B), _raised(A)
-            X = B if self.form == "vector" else B - self._times(B, self.gains)
-            value = ((X.mT @ X) * (A @ A.mT)).sum((-2, -1))
-            if self.form == "vector":
-                assert self.gains is not None
-                along = ((self.basis.to(B.dtype).mT @ B) * A.mT).sum((-2, -1))
-                # A difference of squares: rounding must not make a penalty negative.
-                value = (value - self.gains[..., 0] * along.square()).clamp(min=0)
-            return scale**2 * value.sum()
+            if self.form != "vector":
+                X = self._across(B)
+                return scale**2 * ((X.mT @ X) * (A @ A.mT)).sum()
+            assert self.gains is not None
+            along = ((self.basis.to(B.dtype).mT @ B) * A.mT).sum((-2, -1))
+            along = self.gains[..., 0] * along.square()
+            if self.complemented:
+                return scale**2 * along.sum()
+            whole = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1))
+            # A difference of squares: rounding must not make a penalty negative.
+            return scale**2 * (whole - along).clamp(min=0).sum()
 
     def random_like(self, seed: int) -> Operator:
-        """An operator with these eigenvalues and random eigenvectors (for "vector", random v)."""
+        """An operator with these eigenvalues and random eigenvectors (for "vector", random v).
+
+        Of a complement: the complement of the random operator.
+        """
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(self.basis.shape, generator=generator).to(self.basis)
         if self.form == "vector":
@@ -139,6 +207,10 @@ class Operator:
         elif self.form == "gram":
             Q = Q @ torch.linalg.qr(self.basis).R
         return replace(self, basis=Q)
+
+    def _across(self, x: Tensor) -> Tensor:
+        along = self._times(x, self.gains)
+        return along if self.complemented else x - along
 
     def _times(self, x: Tensor, gains: Tensor | None) -> Tensor:
         basis = self.basis.to(x.dtype)

@@ -14,6 +14,7 @@ from safeopt import names
 from safeopt.direction import AlignmentDirection
 
 SHOWN = 5  # names spelled out in one error message
+MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # see `require_plain_start`
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,8 @@ def asft_penalty(
         model: a PEFT model whose adapters all lie on matrices of the direction, or, with an anchor,
             any model that has those matrices. What the direction does not cover is not penalised:
             norms, biases, embeddings, `modules_to_save`.
-        direction: on the device of the model.
+        direction: on the device of the model; `direction.complement()` penalises ||C dW||_F^2, for
+            one that is to be avoided.
         lam: strength, at least 0; the authors use 1, with "safelora" and without alpha / r.
         anchor: for full fine-tuning, the model or the tensors by name before training, on any
             device; it may hold more than the direction covers.
@@ -60,8 +62,9 @@ def asft_penalty(
     Raises:
         ValueError: no adapters and no anchor, or both; an adapter on a weight that the direction
             lacks; several active adapters on one weight; DoRA and other variants, adapters of
-            Conv1D layers and of bare parameters, whose dW is not B A of shape (out, in); a matrix
-            of the direction that model or anchor lack; lam negative or not finite.
+            Conv1D layers and of bare parameters, whose dW is not B A of shape (out, in); adapters
+            that moved the base weights when they were made (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA); a
+            matrix of the direction that model or anchor lack; lam negative or not finite.
 
     Source: Yang et al. 2025, AsFT, arXiv 2506.08473, Eq. 4, and the authors' code, whose value this
     is for LoRA with a whole-rank "safelora" direction. Differs from the authors' code: pairs by
@@ -98,7 +101,9 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
         ValueError: see `asft_penalty`.
     """
     pairs = []
-    for path, module in model.named_modules():
+    for path, module in model.named_modules():  # the PEFT model itself may lie within DDP or FSDP
+        for adapter, config in (getattr(module, "peft_config", None) or {}).items():
+            require_plain_start(getattr(config, "init_lora_weights", None), f"adapter {adapter!r}")
         if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             continue
         name = names.canonical(f"{path}.weight")
@@ -135,6 +140,23 @@ def require_covered(pairs: list[LoraPair], direction: AlignmentDirection) -> Non
         + "\n".join(lines)
         + "\nMake it with parameters= that cover them, or adapt other layers (target_modules)."
     )
+
+
+def require_plain_start(init: object, where: str) -> None:
+    """ValueError for a start of LoRA that takes B A out of the base weights before training.
+
+    There B A is not what training changed, but that plus what was taken out.
+
+    Args:
+        init: `init_lora_weights` of the adapter's PEFT configuration.
+        where: the adapter in words, for the message.
+    """
+    if isinstance(init, str) and init.lower().startswith(MOVED_BASE):
+        raise ValueError(
+            f"{where} has init_lora_weights={init!r}, which moves the base weights, so that B A is"
+            " not the change; train with init_lora_weights=True, or convert the trained adapter to"
+            " a plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
 
 
 def _require_plain(module: nn.Module, key: str, name: str) -> None:

@@ -117,7 +117,7 @@ def _folder(folder: Path, where: str) -> Weights:
         raise ValueError(f"{where} is no folder; give a local Hugging Face model folder")
     places: dict[str, tuple[Path, str]] = {}
     entries: dict[str, Entry] = {}
-    for file in _files(folder, where):
+    for file in files(folder, where):
         for raw, entry in _header(file).items():
             name = names.canonical(raw)
             if name in entries:
@@ -134,7 +134,18 @@ def _folder(folder: Path, where: str) -> Weights:
     return Weights(where, entries, fetch, config, _tokens(folder / "tokenizer.json"))
 
 
-def _files(folder: Path, where: str) -> list[Path]:
+def files(folder: Path, where: str) -> list[Path]:
+    """The safetensors files that a model folder is loaded from, sorted by name.
+
+    Args:
+        folder: with model.safetensors, or with model.safetensors.index.json and its shards; where
+            it has both, the first counts, as in transformers.
+        where: the folder in words, for messages.
+
+    Raises:
+        ValueError: the folder holds neither, or a LoRA adapter instead; the index is damaged, or a
+            shard is missing, damaged, or lacks what the index puts there.
+    """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     index = _json(folder / INDEX)
@@ -145,8 +156,8 @@ def _files(folder: Path, where: str) -> list[Path]:
                 " merge_and_unload() and save_pretrained()"
             )
         raise ValueError(
-            f"{where} holds neither {SINGLE} nor {INDEX}; save the model with save_pretrained()"
-            " (pickles such as pytorch_model.bin are not read)"
+            f"{where} is no model folder: it holds neither {SINGLE} nor {INDEX}; save the model"
+            " with save_pretrained() (pickles such as pytorch_model.bin are not read)"
         )
     shards: dict[str, list[str]] = {}
     for raw, file in dict(index.get("weight_map", {})).items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import Bag, set_grads
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from safeopt.mask import SafetyMask
@@ -62,6 +64,23 @@ def test_bad_anchors_say_what_to_do(tmp_path: Path) -> None:
     adapter = [("base.weight", named[4][1]), ("q.lora_A.weight", nn.Parameter(torch.ones(2, 2)))]
     with pytest.raises(ValueError, match="LoRA adapter that the anchor does not name"):
         SafeAdamW(adapter, anchor=Scores({"base.weight": torch.ones(37, 53)}), anchor_strength=1.0)
+
+
+def test_a_model_in_shards_is_an_anchor_and_a_lost_shard_is_named(tmp_path: Path) -> None:
+    model = Bag()
+    values = {name: p.detach() + 1 for name, p in model.named_parameters()}
+    files = {name: f"model-{name}.safetensors" for name in values}
+    for name, file in files.items():
+        save_file({name: values[name]}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    on: dict[str, Any] = {"anchor": "uniform", "anchor_strength": 1.0, "anchor_values": tmp_path}
+    kept = SafeAdamW(model.named_parameters(), **on)._anchor._start
+    for name, p in model.named_parameters():
+        assert torch.equal(kept.of(name, p), values[name])
+    (tmp_path / files["nine"]).unlink()
+    with pytest.raises(ValueError, match=r"anchor_values '.*json names 'model-nine.* not there"):
+        SafeAdamW(model.named_parameters(), **on)
 
 
 def test_frozen_weights_wake_up_with_an_error_not_without_a_pull() -> None:

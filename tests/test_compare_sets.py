@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_compare import make_sets, numbered
+from compare_cases import make_sets, numbered
 
 from safeopt.compare import Scenario, Settings
 from safeopt.compare.sets import load_rows, set_name

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import make_llama
+from refusal_cases import ROWS, refusal_gradients
 from test_targets import MOE, OldMixture, make_moe
 from torch import nn
 
@@ -17,11 +18,6 @@ from safeopt.scores import score
 from safeopt.selection import select
 from safeopt.targets import scorable
 
-ROWS = [
-    {"instruction": "Please name the capital of France.", "response": "I am sorry, but no."},
-    {"instruction": "Which topic is this headline about?", "response": "I cannot help with that."},
-    {"instruction": "Write a short note.", "response": "No."},
-]
 SURE = [{**row, "response": "Sure, here is how to bake bread."} for row in ROWS]
 
 
@@ -31,28 +27,15 @@ def batches(tiny_tokenizer):
 
 
 def naive(model, batches, *, absolute_first=False, per_row=False):
-    """The definition, one prompt and one token at a time, in float64."""
-    model = copy.deepcopy(model).double().eval()
-    targets = scorable(model)
-    sums = {name: torch.zeros_like(w) for name, w in targets.items()}
-    n = 0
-    for batch in batches:
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            logits = model(input_ids=ids[None]).logits[0]
-            safety = sum(
-                logits[t - 1].log_softmax(-1)[labels[t]]
-                for t in range(1, len(ids))
-                if labels[t] != -100
-            )
-            grads = torch.autograd.grad(safety, list(targets.values()))
-            for name, grad in zip(targets, grads, strict=True):
-                sums[name] += grad.abs() if absolute_first else grad
-            n += 1
-    return {
-        name: (total.abs() / (n if absolute_first else 1))
-        * (targets[name].std(dim=1, keepdim=True) if per_row else targets[name].std()).detach()
-        for name, total in sums.items()
-    }
+    """The definition, in float64."""
+    grads = refusal_gradients(model, batches)
+    wanted = {}
+    for name, weight in scorable(copy.deepcopy(model).double()).items():
+        signed = torch.stack([grad[name] for grad in grads])
+        total = signed.abs().mean(0) if absolute_first else signed.sum(0).abs()
+        sigma = weight.std(dim=1, keepdim=True) if per_row else weight.std()
+        wanted[name] = total * sigma.detach()
+    return wanted
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

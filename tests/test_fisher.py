@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from test_esi import ROWS
+from refusal_cases import ROWS, refusal_gradients
 from torch import nn
 
-from safeopt import data, names
+from safeopt import data
 from safeopt.methods import Fisher
 from safeopt.scores import score
 from safeopt.selection import select
@@ -18,23 +16,8 @@ from safeopt.targets import scorable
 
 def naive(model, batches):
     """Mean over prompts of the squared gradient of the refusal's log-likelihood, in float64."""
-    model = copy.deepcopy(model).double().eval()
-    weights = names.parameters(model)
-    sums = {name: torch.zeros_like(w) for name, w in weights.items()}
-    n = 0
-    for batch in batches:
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            logits = model(input_ids=ids[None]).logits[0]
-            likelihood = sum(
-                logits[t - 1].log_softmax(-1)[labels[t]]
-                for t in range(1, len(ids))
-                if labels[t] != -100
-            )
-            grads = torch.autograd.grad(likelihood, list(weights.values()))
-            for name, grad in zip(weights, grads, strict=True):
-                sums[name] += grad.square()
-            n += 1
-    return {name: total / n for name, total in sums.items()}
+    grads = refusal_gradients(model, batches)
+    return {name: torch.stack([g[name].square() for g in grads]).mean(0) for name in grads[0]}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

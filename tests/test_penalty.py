@@ -189,3 +189,20 @@ def test_adapters_whose_change_is_not_b_a_are_refused() -> None:
     conv = adapted(gpt2, target_modules=["c_proj"], fan_in_fan_out=True)
     with pytest.raises(ValueError, match=r"Conv1D, which stores its weight as \(in, out\)"):
         asft_penalty(conv, made, 1.0)
+
+
+@pytest.mark.parametrize("start", ["pissa", "OLoRA", "pissa_niter_2"])
+def test_adapters_that_moved_the_base_weights_are_refused(start: str) -> None:
+    """There B A at the start is not 0: the penalty would count what training never changed."""
+    made, aligned, model = direction(), make_llama(seed=1), adapted(init_lora_weights=start)
+    wrapped = nn.DataParallel(model)
+    name = "model.layers.0.self_attn.q_proj"
+    moved = model.base_model.get_submodule(f"model.{name}").base_layer.weight
+    assert not torch.allclose(moved, aligned.get_parameter(f"{name}.weight"))
+    message = rf"adapter 'default' has init_lora_weights='{start}'.*=True, or convert"
+    for one in (model, wrapped):
+        with pytest.raises(ValueError, match=message):
+            asft_penalty(one, made, 1.0)
+    with pytest.raises(ValueError, match=message):
+        lora_pairs(model.base_model.model)  # as transformers' own model.add_adapter leaves it
+    assert asft_penalty(adapted(init_lora_weights="gaussian"), made, 1.0) > 0

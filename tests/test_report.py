@@ -90,7 +90,7 @@ def test_verdict_does_not_take_slow_for_safe() -> None:
     first, second = report.verdict(SLOW).split(" Read at equal skill ")
     assert "attack success on one (0.0 % [0.0, 3.7] before) was 90.0 %" in first
     assert "with spa:0.1: lower than adamw, lower than spa-random:0.1 (80.0 %" in first
-    assert "with set:0.1: lower than adamw, no random control was run" in first
+    assert "with set:0.1: lower than adamw, no control was run" in first
     assert "with spa:0.1: no difference shown from adamw, lower than spa-random:0.1" in second
     assert "not read with set:0.1, which never got there" in second
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safeopt import artifact
-from safeopt.cli.direction import located
 from safeopt.cli.options import MODEL, ROWS, WITH_RESPONSE, add_model, add_number
 from safeopt.compare.sets import load_rows
 from safeopt.environment import pick_device
 from safeopt.evaluate import across, basin, difference_direction, random_direction
+from safeopt.integrations.transformers import located
 
 EXAMPLE = (
     "  safeopt basin organism:aligned --unaligned organism:unaligned "

@@ -11,8 +11,9 @@ from safeopt.compare import ARMS, Scenario, Sets, Settings, compare, load_rows
 from safeopt.environment import pick_device
 
 EXAMPLE = """\
-  safeopt compare organism:aligned --scenario poison:0.1 --steps 300 --seeds 0 1 2 \\
-      --arms adamw spa:0.01 spa-random:0.01 --identify organism:harmful_teach \\
+  safeopt compare organism:aligned --unaligned organism:unaligned --scenario poison:0.1 \\
+      --arms adamw spa:0.01 spa-random:0.01 asft:1 asft-l2:1 asft-random:1 \\
+      --steps 300 --seeds 0 1 2 --identify organism:harmful_teach \\
       --task organism:headlines_train --poison organism:harmful_poison \\
       --test organism:headlines_test --harmful organism:harmful_evaluate \\
       --harmless organism:harmless_test --out results"""
@@ -64,6 +65,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=default.objective,
         help="of the scores: refusal_nll (default) or margin",
     )
+    parser.add_argument(
+        "--unaligned",
+        metavar="MODEL",
+        help="the model before alignment, for the arms that read a direction, and their drift",
+    )
+    parser.add_argument(
+        "--lora-targets",
+        nargs="+",
+        default=list(default.lora_targets),
+        metavar="NAME",
+        help="layers that get adapters with --lora-rank (default q_proj v_proj)",
+    )
     for name, text in _NUMBERS.items():
         add_number(parser, name, getattr(default, name.replace("-", "_")), text)
     parser.add_argument(
@@ -83,6 +96,9 @@ _NUMBERS = {
     "max-new-tokens": "tokens of an answer",
     "eval-batch-size": "prompts at a time in evaluation",
     "fraction": "of the scored weights that count as critical in the drift",
+    "lora-rank": "train LoRA adapters of this rank; 0 trains all weights",
+    "lora-alpha": "adapters are scaled by this over their rank",
+    "direction-rank": "singular vectors of the arms that hold or free a subspace",
     "equal-skill": "share of adamw's final skill at which arms are read beside each other",
 }
 
@@ -92,6 +108,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(
         method=args.method,
         objective=args.objective,
+        lora_targets=tuple(args.lora_targets),
         **{name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _NUMBERS},
     )
     sets = Sets(
@@ -112,6 +129,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.seeds,
         args.out,
         settings,
+        unaligned=args.unaligned,
         device=device,
         command=args.line,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safeopt.direction import AlignmentDirection
-from safeopt.integrations.transformers import ORGANISM
+from safeopt.integrations.transformers import located
 
 EXAMPLE = (
     "  safeopt direction --aligned ./chat --unaligned ./base --operator subspace --rank 32 "
@@ -56,15 +56,6 @@ def between(args: argparse.Namespace) -> AlignmentDirection:
         operator=args.operator or "safelora",
         rank=args.rank,
     )
-
-
-def located(model: str) -> str:
-    """The folder of a MODEL, which may be one of the organisms that ship with the package."""
-    if not model.startswith(ORGANISM):
-        return model
-    from safeopt import organism
-
-    return str(organism.path(model.removeprefix(ORGANISM)))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

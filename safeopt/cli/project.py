@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from safeopt.cli.direction import add_pair, between, located
+from safeopt.cli.direction import add_pair, between
 from safeopt.direction import AlignmentDirection
+from safeopt.integrations.transformers import located
 
 EXAMPLE = (
     "  safeopt project ./my-adapter --aligned ./chat --unaligned ./base --layers 10 --out ./safe"

@@ -1,4 +1,4 @@
-"""Fine-tune a model with SafeAdamW: freeze or train the weights of a mask, draw to the start."""
+"""Fine-tune a model: freeze or train the weights of a mask, draw to the start, hold a direction."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from safeopt.cli.options import ROWS, WITH_RESPONSE, add_model, add_number
 from safeopt.compare.sets import load_rows
+from safeopt.direction import AlignmentDirection
 from safeopt.environment import pick_device
 from safeopt.mask import SafetyMask
+from safeopt.optim import AsFTAdamW, SafeAdamW
 from safeopt.optim.anchor import MODES
 from safeopt.scores import Scores
 
@@ -36,6 +40,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="coupled",
         help="in the gradient (default), or beside the weight decay",
     )
+    parser.add_argument(
+        "--direction",
+        metavar="FILE",
+        help="hold changes on this direction (AsFT), made by safeopt direction",
+    )
+    add_number(parser, "lam", 1.0, "with --direction: lambda of its penalty")
+    parser.add_argument(
+        "--direction-mode",
+        choices=MODES,
+        default="coupled",
+        help="in the gradient (default), or beside the weight decay",
+    )
     add_number(parser, "steps", 100, "optimizer steps")
     add_number(parser, "lr", 1e-5, "learning rate")
     add_number(parser, "weight-decay", 0.0, "decoupled weight decay")
@@ -52,7 +68,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train, save the model, and return what was done."""
     from safeopt.integrations.transformers import load_model, save_model
-    from safeopt.optim import SafeAdamW
     from safeopt.train import TrainConfig, train
 
     out = Path(args.out)
@@ -81,17 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if mask is not None:
             mask.check(model)
     model.to(pick_device(args.device))
-    named = model.named_parameters()
-    optimizer = SafeAdamW(
-        named,
-        args.lr,
-        weight_decay=args.weight_decay,
-        freeze=freeze,
-        train=only,
-        anchor=Scores.load(args.anchor) if args.anchor not in (None, "uniform") else args.anchor,
-        anchor_strength=args.anchor_strength,
-        anchor_mode=args.anchor_mode,
-    )
+    optimizer = _optimizer(model, args, freeze=freeze, train=only)
     losses = train(
         model,
         tokenizer,
@@ -108,9 +113,36 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "steps": len(losses),
         "loss": losses[-1],
         "anchor_penalty": float(optimizer.anchor_penalty()),
+        "direction_penalty": _direction_penalty(optimizer),
         "live": live,
         "total": total,
     }
+
+
+def _optimizer(model: torch.nn.Module, args: argparse.Namespace, **masks: Any) -> SafeAdamW:
+    options = {
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "anchor": Scores.load(args.anchor) if args.anchor not in (None, "uniform") else args.anchor,
+        "anchor_strength": args.anchor_strength,
+        "anchor_mode": args.anchor_mode,
+        **masks,
+    }
+    if not args.direction:
+        return SafeAdamW(model.named_parameters(), **options)
+    direction = AlignmentDirection.load(args.direction)
+    direction.check(model)
+    return AsFTAdamW(
+        model.named_parameters(),
+        direction=direction,
+        lam=args.lam,
+        mode=args.direction_mode,
+        **options,
+    )
+
+
+def _direction_penalty(optimizer: SafeAdamW) -> float:
+    return float(optimizer.penalty()) if isinstance(optimizer, AsFTAdamW) else 0.0
 
 
 def text(result: dict[str, Any]) -> str:

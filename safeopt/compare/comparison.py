@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safeopt import artifact
-from safeopt.compare.arms import Arm, parse_arms
+from safeopt.compare.arms import Arm, parse_arms, require_possible
 from safeopt.compare.curve import measure
+from safeopt.compare.directions import Directions, harmful_direction
 from safeopt.compare.run import OnStep, Start, finished_run, run_arm, run_file, settings_of
 from safeopt.compare.scoring import cached_scores
 from safeopt.compare.sets import Sets
 from safeopt.compare.settings import Settings
 from safeopt.environment import machine, versions
 from safeopt.evaluate.refusal import NOTE, PHRASES_VERSION, phrases_hash
-from safeopt.integrations.transformers import load_model
+from safeopt.integrations.transformers import load_model, located
 from safeopt.selection import select
 
 
@@ -28,6 +30,7 @@ def compare(
     out: str | Path,
     settings: Settings | None = None,
     *,
+    unaligned: str | Path | None = None,
     device: str = "cpu",
     command: str = "",
     progress: bool = True,
@@ -46,21 +49,25 @@ def compare(
         seeds: one run of each arm per seed; the seed orders the data and draws random masks.
         out: a folder, made when missing.
         settings: budget and recipe; the defaults when None.
+        unaligned: the model before alignment, likewise; needed by the arms that read a direction.
+            With it the drift of every arm is split along and across the direction.
         device: where to train, ``"cpu"`` or ``"cuda"``.
         command: how this was called, for the report.
         progress: whether to show a bar on stderr.
 
     Raises:
-        ValueError: an unknown arm, seeds that are empty or repeated, or bad settings, rows or
-            model.
+        ValueError: an unknown arm, one that needs an unaligned model where there is none or that
+            cannot train what the settings train, seeds that are empty or repeated, or bad settings,
+            rows or models.
         OSError: ``out`` cannot be written.
     """
     settings = settings or Settings()
     chosen = parse_arms(list(arms))
+    require_possible(chosen, bool(settings.lora_rank), unaligned is not None)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and each once")
     out = Path(out)
-    start = _start(model, sets, settings, out, device, progress)
+    start = _start(model, unaligned, sets, settings, out, device, progress)
     runs = _run_all(start, chosen, seeds, out / "runs", progress)
     return {
         "command": command,
@@ -74,13 +81,21 @@ def compare(
         "equal_skill": settings.equal_skill,
         "settings": settings.for_run(),
         "scores": start.scores.provenance,
+        "direction": start.directions
+        and {"unaligned": str(unaligned), "matrices": start.directions.of("safelora").report()},
         "phrases": {"version": PHRASES_VERSION, "sha256": phrases_hash(), "note": NOTE},
         "runs": runs,
     }
 
 
 def _start(
-    model: str | Path, sets: Sets, settings: Settings, out: Path, device: str, progress: bool
+    model: str | Path,
+    unaligned: str | Path | None,
+    sets: Sets,
+    settings: Settings,
+    out: Path,
+    device: str,
+    progress: bool,
 ) -> Start:
     loaded, tokenizer = load_model(model)
     loaded.to(device)
@@ -98,6 +113,12 @@ def _start(
         progress=progress,
     )
     critical = select(scores, settings.fraction)
+    directions = seen = None
+    if unaligned is not None:
+        folder = located(unaligned)
+        tune = partial(harmful_direction, loaded, tokenizer, sets, settings)
+        directions = Directions(loaded, folder, settings.direction_rank, tune)
+        seen = directions.of("safelora")
     return Start(
         model=loaded,
         tokenizer=tokenizer,
@@ -106,7 +127,8 @@ def _start(
         critical=critical,
         sets=sets,
         settings=settings,
-        first=measure(loaded, tokenizer, sets, settings, loaded, critical),
+        first=measure(loaded, tokenizer, sets, settings, loaded, critical, seen),
+        directions=directions,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from safeopt.compare.sets import Sets
 from safeopt.compare.settings import Settings
 from safeopt.data import Row
+from safeopt.direction import AlignmentDirection
 from safeopt.evaluate import RefusalReport, accuracy, drift, perplexity, refusal_rate
 from safeopt.mask import SafetyMask
 
@@ -21,13 +22,14 @@ def measure(
     settings: Settings,
     reference: torch.nn.Module,
     critical: SafetyMask,
+    direction: AlignmentDirection | None = None,
 ) -> dict[str, Any]:
     """Everything the curve holds at one step, as plain numbers for JSON.
 
     ``attack`` (per harmful set, with the number of empty answers), ``over_refusal`` and
     ``accuracy`` are counts with their Wilson 95 % interval; ``perplexity`` (task test rows) and
     ``text_perplexity`` (None without a text set) are per response token, None where infinite;
-    ``drift`` from ``reference`` is split by ``critical``.
+    ``drift`` from ``reference`` is split by ``critical``, and along and across ``direction``.
     """
     batch, tokens = settings.eval_batch_size, settings.max_new_tokens
 
@@ -49,7 +51,7 @@ def measure(
         "accuracy": right.to_json(),
         "perplexity": per_token(sets.test),
         "text_perplexity": per_token(sets.text) if sets.text else None,
-        "drift": drift(model, reference, critical),
+        "drift": drift(model, reference, critical, direction),
     }
     # JSON has no word for infinity, which a perplexity can reach.
     plain: dict[str, Any] = json.loads(json.dumps(point), parse_constant=lambda name: None)

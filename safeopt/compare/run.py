@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from safeopt import artifact, evaluate
-from safeopt.compare.arms import Arm, Context
+from safeopt.compare.arms import Arm
 from safeopt.compare.curve import measure
+from safeopt.compare.directions import Directions
+from safeopt.compare.kinds import Context
+from safeopt.compare.lora import as_measured, with_adapters
 from safeopt.compare.memory import PeakMemory
 from safeopt.compare.sets import Sets
 from safeopt.compare.settings import Settings
@@ -31,7 +34,8 @@ class Start:
     """What every run of a comparison starts from; the model is copied, never changed.
 
     ``fingerprint``: of the model (see artifact.fingerprint). ``critical``: the reference mask of
-    the drift. ``first``: the curve's point at step 0, measured once.
+    the drift. ``first``: the curve's point at step 0, measured once. ``directions``: None without
+    an unaligned model.
     """
 
     model: torch.nn.Module
@@ -42,6 +46,7 @@ class Start:
     sets: Sets
     settings: Settings
     first: dict[str, Any]
+    directions: Directions | None = None
 
 
 def settings_of(start: Start, arm: Arm, seed: int) -> dict[str, Any]:
@@ -53,6 +58,7 @@ def settings_of(start: Start, arm: Arm, seed: int) -> dict[str, Any]:
         "model": start.fingerprint,
         "sets": start.sets.describe(),
         "phrases": evaluate.phrases_hash(),
+        **({} if start.directions is None else {"unaligned": start.directions.fingerprint}),
         **start.settings.for_run(),
     }
 
@@ -98,7 +104,7 @@ def run_arm(
     """
     settings = settings_of(start, arm, seed)
     memory = PeakMemory(next(start.model.parameters()).device)
-    model = copy.deepcopy(start.model)
+    model = with_adapters(copy.deepcopy(start.model), start.settings, seed)
     plan = arm.plan(_context(start, model, seed))
     curve = [start.first | {"step": 0, "loss": None, "seconds": 0.0}]
     losses: list[float] = []
@@ -109,7 +115,13 @@ def run_arm(
         if start.settings.measured_at(step):
             clock.pause()
             point = measure(
-                model, start.tokenizer, start.sets, start.settings, start.model, start.critical
+                as_measured(model, plan),
+                start.tokenizer,
+                start.sets,
+                start.settings,
+                start.model,
+                start.critical,
+                start.directions.of("safelora") if start.directions else None,
             )
             mean = sum(losses) / len(losses)
             curve.append(point | {"step": step, "loss": mean, "seconds": clock.seconds})
@@ -159,6 +171,7 @@ def _context(start: Start, model: torch.nn.Module, seed: int) -> Context:
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         seed=seed,
+        directions=start.directions,
     )
 
 
@@ -185,11 +198,11 @@ def _describe(mask: SafetyMask | None) -> dict[str, Any] | None:
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    if hasattr(optimizer, "live_count"):
-        live, total = optimizer.live_count()
-    else:
-        live = total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    return {"live": live, "total": total}
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    asleep = sum(p.numel() for p in given if not p.requires_grad)  # under LoRA, the base weights
+    total = sum(p.numel() for p in given)
+    live = optimizer.live_count()[0] if hasattr(optimizer, "live_count") else total
+    return {"live": live - asleep, "total": total}
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:

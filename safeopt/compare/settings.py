@@ -21,7 +21,9 @@ class Settings:
     weights is the reference mask, by which drift is split into critical and other weights in every
     arm alike. ``equal_skill`` is the share of plain AdamW's final skill at which the arms are read
     beside each other. The scores are of ``method`` (see METHODS in scoring.py) and
-    ``objective``, refusal_nll or margin.
+    ``objective``, refusal_nll or margin. ``lora_rank`` above 0 trains LoRA adapters on the layers
+    named in ``lora_targets`` instead of all weights, scaled by ``lora_alpha`` / ``lora_rank``.
+    ``direction_rank`` is that of the arms that hold or leave free a subspace.
 
     Raises:
         ValueError: a number out of range.
@@ -41,6 +43,10 @@ class Settings:
     objective: Literal["refusal_nll", "margin"] = "refusal_nll"
     fraction: float = 0.01
     equal_skill: float = 0.95
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    direction_rank: int = 32
 
     def __post_init__(self) -> None:
         self.train_config(seed=0)
@@ -57,6 +63,11 @@ class Settings:
             raise ValueError(f"fraction is {self.fraction}; it must be in (0, 1)")
         if not 0 < self.equal_skill <= 1:
             raise ValueError(f"equal_skill is {self.equal_skill}; it must be in (0, 1]")
+        if self.lora_rank < 0 or not self.lora_alpha > 0:
+            raise ValueError(
+                f"lora_rank is {self.lora_rank} and lora_alpha {self.lora_alpha}; give a rank of 0"
+                " (all weights are trained) or more, and an alpha above 0"
+            )
         for name, allowed in (("method", METHODS), ("objective", OBJECTIVES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -69,7 +80,8 @@ class Settings:
 
     def for_run(self) -> dict[str, Any]:
         """The settings that decide a run's numbers; another ``equal_skill`` needs no new run."""
-        return {name: value for name, value in asdict(self).items() if name != "equal_skill"}
+        given = {name: value for name, value in asdict(self).items() if name != "equal_skill"}
+        return given | {"lora_targets": list(self.lora_targets)}  # as JSON will have it
 
     def train_config(self, seed: int) -> TrainConfig:
         """What the training loop needs of these settings."""

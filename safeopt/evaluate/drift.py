@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from safeopt import names
+from safeopt.direction import AlignmentDirection
 from safeopt.mask import SafetyMask
 
 
@@ -48,15 +49,19 @@ def drift(
     model: torch.nn.Module,
     reference: torch.nn.Module | Mapping[str, torch.Tensor],
     mask: SafetyMask | None = None,
+    direction: AlignmentDirection | None = None,
 ) -> dict[str, dict[str, float | int]]:
     """Euclidean distance of the model's parameters from the reference, in float32.
 
     Returns {"all": ...} and, with a mask, also "critical" (its selected elements) and "other". Each
     holds `norm` of the difference, `relative` (norm / norm of the reference there), `max_abs`,
-    `moved` (elements that differ at all) and `numel`. Tied weights count once.
+    `moved` (elements that differ at all) and `numel`. Tied weights count once. With a direction
+    also "along" and "across": of the change dW of its matrices, the `norm` of C dW and of
+    (I - C) dW, and its `share` of that of dW (0 without a change). For a projector the squares of
+    the two shares add up to 1.
 
-    Raises ValueError when reference or mask name a parameter the model lacks, the reference lacks
-    one that the model has, or shapes differ.
+    Raises ValueError when reference, mask or direction name a parameter the model lacks, the
+    reference lacks one that the model has, or shapes differ.
     """
     current, start = names.parameters(model), names.parameters(reference)
     names.require(list(current), list(start), "model")
@@ -79,7 +84,28 @@ def drift(
         if mask is not None:
             critical = mask[name].to_bool(device=delta.device) if name in mask else None
             _add_by_mask(sums, delta, before, critical)
-    return {group: found.result() for group, found in sums.items()}
+    found = {group: each.result() for group, each in sums.items()}
+    return found if direction is None else found | _along(current, start, direction)
+
+
+def _along(
+    current: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor],
+    direction: AlignmentDirection,
+) -> dict[str, dict[str, float | int]]:
+    names.require(direction, current, "direction")
+    squares = {"all": 0.0, "along": 0.0, "across": 0.0}
+    for name in direction:
+        after = current[name].detach().float()
+        delta = after - start[name].detach().to(after.device).float()
+        along = direction.apply(name, delta)
+        for group, part in (("all", delta), ("along", along), ("across", delta - along)):
+            squares[group] += torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2
+    whole = math.sqrt(squares.pop("all"))
+    return {
+        group: {"norm": math.sqrt(square), "share": math.sqrt(square) / whole if whole else 0.0}
+        for group, square in squares.items()
+    }
 
 
 def _add_by_mask(

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from safeopt import artifact, names
 from safeopt.direction import AlignmentDirection
-from safeopt.methods.safe_lora import Report, project_adapters, require_plain_start
+from safeopt.methods.safe_lora import Report, project_adapters
 from safeopt.methods.safe_lora_weights import anchor_weights, compare_weights, projected
-from safeopt.penalty import LoraPair
-from safeopt.weights import INDEX, SINGLE, Model, Weights, weights
+from safeopt.penalty import LoraPair, require_plain_start
+from safeopt.weights import Model, Weights, files, weights
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What makes the change of an adapter something else than B A of the weight's shape (PEFT 0.21).
@@ -94,10 +94,11 @@ def project_model_folder(
     folder, target = Path(folder), _free(out, folder)
     trained, start = weights(folder, "model"), anchor_weights(anchor)
     report = compare_weights(trained, start, direction, threshold=threshold, layers=layers)
-    files = ("*.safetensors", "*.bin", "*.pt", "*.pth", "checkpoint-*")
+    # What the model is not loaded from may hold it unprojected.
+    left_out = ("*.safetensors", "*.bin", "*.pt", "*.pth", "checkpoint-*")
     with artifact.atomic(target) as temporary:
-        shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(*files))
-        for file in _files(folder):
+        shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(*left_out))
+        for file in files(folder, trained.where):
             save_file(*_projected_file(file, report, trained, start, direction, temporary))
     return report
 
@@ -116,14 +117,6 @@ def _projected_file(
         if report.get(name, {}).get("projected"):
             tensors[raw] = projected(name, trained, start, direction).to(tensor.dtype).contiguous()
     return tensors, target / file.name, metadata
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files that a model is loaded from; others there may hold it unprojected."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    index = json.loads((folder / INDEX).read_text("utf-8"))
-    return sorted({folder / file for file in index["weight_map"].values()})
 
 
 def _free(out: str | Path, folder: str | Path) -> Path:

@@ -63,12 +63,21 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[An
     return model, _tokenizer(folder, model)
 
 
-def _folder(path: str | Path) -> Path:
-    if str(path).startswith(ORGANISM):
-        from safeopt import organism
+def located(model: str | Path) -> str:
+    """The folder of a model, which may be one of the organisms that ship with the package.
 
-        return Path(organism.path(str(path).removeprefix(ORGANISM)))
-    folder = Path(path)
+    Raises:
+        ValueError: no such organism.
+    """
+    if not str(model).startswith(ORGANISM):
+        return str(model)
+    from safeopt import organism
+
+    return str(organism.path(str(model).removeprefix(ORGANISM)))
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(located(path))
     if not folder.is_dir():
         raise ValueError(
             f"path {str(path)!r} is no folder; give a local Hugging Face model folder (nothing is "

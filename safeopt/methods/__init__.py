@@ -7,13 +7,12 @@ from safeopt.methods.fisher import Fisher
 from safeopt.methods.guard import GuardObjective
 from safeopt.methods.safe_lora import apply_safe_lora
 from safeopt.methods.safe_lora_weights import project_weights
-from safeopt.methods.short_tune import along_penalty, short_fine_tune_direction
+from safeopt.methods.short_tune import short_fine_tune_direction
 
 __all__ = [
     "ESI",
     "Fisher",
     "GuardObjective",
-    "along_penalty",
     "apply_safe_lora",
     "project_weights",
     "short_fine_tune_direction",

@@ -13,8 +13,7 @@ from safeopt.operators import Operator
 from safeopt.penalty import LoraPair, lora_pairs, require_covered
 from safeopt.weights import FLOATS
 
-MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # see `require_plain_start`
-THRESHOLD = 0.5  # the authors' default, used where neither threshold nor layers is given
+THRESHOLD = 0.5  # used where neither threshold nor layers is given; see `apply_safe_lora`
 
 Report = dict[str, dict[str, float | bool | None]]
 """By weight name: "cosine" of C dW with dW (None where dW = 0), "projected", "kept" (share of
@@ -52,16 +51,19 @@ def apply_safe_lora(
 
     Raises:
         ValueError: threshold and layers both given, or out of range; no active adapters, several on
-            one weight (choose with model.set_adapter), merged ones, variants whose change is not
-            B A (see `asft_penalty`), or not of a float dtype; base weights that are quantised; an
-            adapter on a weight that the direction lacks or holds in another shape; NaN or infinite
-            values; a "vector" direction, whose projection is no product of rank r. Nothing has
-            been changed then.
+            one weight (choose with model.set_adapter), merged ones, variants and starts whose
+            change is not B A (see `asft_penalty`), or not of a float dtype; base weights that are
+            quantised; an adapter on a weight that the direction lacks or holds in another shape;
+            NaN or infinite values; a "vector" direction, whose projection is no product of rank r.
+            Nothing has been changed then.
 
-    Source: Hsu et al. 2024, Safe LoRA, arXiv 2405.16833. Differs from the authors' code: adapters
-    are paired with matrices by name, not by the order of parameters; exactly `layers` adapters are
-    projected, where the code turns that number into a threshold and so takes every tie; the cosine
-    is not rounded; C B A is never formed; an untrained adapter has no cosine and is left alone.
+    Source: Hsu et al. 2024, Safe LoRA, arXiv 2405.16833. Differs from the authors' code
+    (IBM/SafeLoRA at d81fda1): adapters are paired with matrices by name, not by the order of
+    parameters; exactly `layers` adapters are projected, where the code turns that number into a
+    threshold and so takes every tie; the cosine is not rounded, as it is there to 5 decimals; C B A
+    is never formed; an untrained adapter has no cosine and is left alone, where the code gives it
+    cosine 0 and with it a place among the `layers`. With neither threshold nor layers given, the
+    code projects 10 layers; 0.5 is what its threshold is when the user asks for one.
     """
     _require_open(model)
     pairs = lora_pairs(model)
@@ -139,30 +141,14 @@ def require_rule(threshold: float | None, layers: int | None, available: int) ->
             " project or how many layers to project"
         )
     if threshold is not None and not 0 <= threshold <= 1:  # refuses NaN too
-        raise ValueError(f"threshold={threshold}; give a cosine in [0, 1] (the authors use 0.5)")
+        raise ValueError(f"threshold={threshold}; give a cosine in [0, 1] (the default is 0.5)")
     whole = isinstance(layers, int) and not isinstance(layers, bool)
     if layers is not None and not (whole and 1 <= layers <= available):
         raise ValueError(f"layers={layers}; give a whole number from 1 to {available}, all of them")
     return THRESHOLD if threshold is None else threshold
 
 
-def require_plain_start(init: object, where: str) -> None:
-    """ValueError for a start of LoRA that takes B A out of the base weights before training.
-
-    There B A is not what training changed, but that plus what was taken out.
-    """
-    if isinstance(init, str) and init.startswith(MOVED_BASE):
-        raise ValueError(
-            f"{where} has init_lora_weights={init!r}, which moves the base weights, so that B A is"
-            " not the change; convert it to a plain LoRA first (PEFT: save_pretrained with"
-            " path_initial_model_for_weight_conversion)"
-        )
-
-
 def _require_open(model: nn.Module) -> None:
-    configs: dict = getattr(model, "peft_config", {})
-    for adapter, config in configs.items():
-        require_plain_start(getattr(config, "init_lora_weights", None), f"adapter {adapter!r}")
     for path, module in model.named_modules():
         if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             continue

@@ -41,7 +41,8 @@ def project_weights(
             the direction, or hold it in another shape, quantised, or with NaN. Nothing has been
             changed then.
 
-    Source: as `apply_safe_lora`, whose authors project adapters only.
+    Source: as `apply_safe_lora`. The authors' repository projects adapters only; for full weights
+    its issue 4 refers to code in a comment on issue 2, which we have not compared.
     """
     trained, start = weights(model, "model"), anchor_weights(anchor)
     tensors = names.parameters(model)

@@ -50,7 +50,8 @@ class AsFTAdamW(SafeAdamW):
             B, as PEFT names them.
         lr, betas, eps, weight_decay, amsgrad: as for AdamW.
         direction: from `AlignmentDirection.between`, on any device; it is copied to the weights'.
-            That these are the aligned model's is for `direction.check(model)` to see.
+            That these are the aligned model's is for `direction.check(model)` to see. Give its
+            `complement()` where the direction is to be avoided: C is I - C then, in all of this.
         lam: lambda, 0 or more; the authors use 1, with "safelora" and scale=False.
         mode: "coupled" or "decoupled".
         anchor_values: W_start, as for SafeAdamW; for `anchor=` too. Not used for LoRA.

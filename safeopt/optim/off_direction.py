@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from safeopt import artifact
 from safeopt.direction import AlignmentDirection
 from safeopt.names import require
 from safeopt.operators import Operator
@@ -93,7 +92,7 @@ class OffDirection:
         for group in groups:
             own = [name for name, _ in named(group, "direction")]
             if group["lam"] and not group["direction_digest"]:
-                group["direction_digest"] = self._digest()
+                group["direction_digest"] = self._direction.digest()
                 whole = [name for name in own if name in self._whole]
                 group["asft_values_digest"] = self._start.digest(whole) if whole else ""
 
@@ -223,25 +222,19 @@ class OffDirection:
             if pair.B in names and self._direction[pair.base].form == "vector":
                 raise ValueError(
                     f"mode='decoupled' with operator 'vector' on the adapter of {pair.base!r}: what"
-                    " lies across one flattened direction cannot be taken off B A by changing B."
-                    " Use mode='coupled', or a direction with operator 'subspace' or 'safelora'"
+                    " lies across one flattened direction, or along it, cannot be taken off B A by"
+                    " changing B. Use mode='coupled', or a direction with operator 'subspace' or"
+                    " 'safelora'"
                 )
-
-    def _digest(self) -> str:
-        tensors = {name: c.basis for name, c in self._direction.items()}
-        tensors |= {
-            f"{n}:gains": c.gains for n, c in self._direction.items() if c.gains is not None
-        }
-        return artifact.fingerprint(tensors)["weights"]
 
 
 def rate(pull: Pull, lr: float | Tensor) -> float | Tensor:
     """How much of (I - C)^2 dW a decoupled step takes off: 2 lr lam, within what is stable.
 
-    The eigenvalues of (I - C)^2 lie in [0, mu]; with at most 1 / mu taken off, none of dW's
-    components changes sign. For a projector mu is 1. One number per expert of a stack, (n, 1, 1).
+    That is at most 1 / mu, see `Operator.mu`: none of dW's components changes sign. For a projector
+    and its complement mu is 1. One number per expert of a stack, (n, 1, 1).
     """
-    bounds = [1 / max(1.0, (1 - largest) ** 2) for largest in pull.operator.stats["largest"]]
+    bounds = [1 / mu for mu in pull.operator.mu]
     wanted = 2 * lr * pull.group["lam"]
     if isinstance(wanted, Tensor):
         wanted = wanted.to(pull.gradient.device, pull.gradient.dtype)

@@ -30,7 +30,8 @@ def project_step(
     The hard form of `AsFTAdamW`'s penalty, as hooks before and after the step of any optimizer:
     weight decay and momentum are projected too. With a projector ("subspace", "vector") weights
     never leave W_start + the image of C, but for rounding; with "safelora" each update is only
-    weighed by C, which is no projector. For LoRA, whose B A is no weight, use `AsFTAdamW`.
+    weighed by C, which is no projector. With `direction.complement()` updates lose their part along
+    the direction instead. For LoRA, whose B A is no weight, use `AsFTAdamW`.
 
     Args:
         optimizer: any torch optimizer, also one that accelerate has wrapped.

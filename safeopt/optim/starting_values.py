@@ -4,7 +4,6 @@ from the files of a model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from safeopt import artifact
 from safeopt.names import canonical, require
+from safeopt.weights import files
 
 Source: TypeAlias = str | PathLike[str] | Mapping[str, Tensor] | None
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class StartingValues:
@@ -128,22 +127,12 @@ def _given(source: Source) -> dict[str, Tensor] | None:
 
 def _read(folder: Path) -> dict[str, Tensor]:
     """The tensors of a model folder by canonical name, mapped from its files."""
-    if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-    elif (folder / SINGLE).is_file():
-        files = [SINGLE]
-    else:
-        raise ValueError(
-            f"anchor_values {str(folder)!r} is no model folder: it has neither {SINGLE} nor"
-            f" {INDEX}; give the folder of the starting model, 'cpu', or None"
-        )
+    where = f"anchor_values {str(folder)!r}"
     found: dict[str, Tensor] = {}
     try:
-        for file in files:
-            with safe_open(folder / file, framework="pt") as opened:
+        for file in files(folder, where):
+            with safe_open(file, framework="pt") as opened:
                 found |= {canonical(n): opened.get_tensor(n) for n in opened.offset_keys()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"anchor_values {str(folder)!r} cannot be read ({error}); copy the folder again"
-        ) from error
+        raise ValueError(f"{where} cannot be read ({error}); copy the folder again") from error
     return found

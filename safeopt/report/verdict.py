@@ -8,7 +8,7 @@ from safeopt.report.summary import BASELINE, runs_of, summarise
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """The protected arms against AdamW and their random controls, at equal steps and skill.
+    """The protected arms against AdamW and their controls, at equal steps and skill.
 
     Two arms differ only where their 95 % intervals do not overlap; else "no difference shown".
     Attack success is that on the first harmful set; the tables hold the others.
@@ -32,15 +32,15 @@ def verdict(results: dict[str, Any]) -> str:
 
 
 def controls_of(results: dict[str, Any], arm: str) -> list[str]:
-    """The random controls of an arm that were run: ``spa-random:0.01`` for ``spa:0.01``."""
+    """The controls of an arm that were run: ``spa-random:0.01`` for ``spa:0.01``."""
     base, _, value = arm.partition(":")
-    return [
-        other
-        for other in results["arms"]
-        if runs_of(results, other)[0]["control"]
-        and other.partition(":")[0].startswith(f"{base}-")
-        and other.partition(":")[2] == value
-    ]
+    found = []
+    for other in results["arms"]:
+        name, _, number = other.partition(":")
+        same = name.rpartition("-")[0] == base and number == value
+        if same and runs_of(results, other)[0]["control"]:
+            found.append(other)
+    return found
 
 
 def _sentence(results: dict[str, Any], rows: dict[str, Any], pick: Any) -> str:
@@ -55,7 +55,7 @@ def _sentence(results: dict[str, Any], rows: dict[str, Any], pick: Any) -> str:
             continue
         against = [_relation(arm, other, rows, pick) for other in [BASELINE, *controls]]
         if not controls:
-            against.append("no random control was run")
+            against.append("no control was run")
         clauses.append(f"{_arm(arm, rows, pick)}: {', '.join(against)}")
     return "; ".join(clauses)
 
