@@ -25,6 +25,7 @@ ALLOWED = {
     "mask": "artifact names bitmask",
     "targets": "names",
     "weights": "names",
+    "units": "artifact bitmask mask names targets",
     "pair": "artifact names targets weights",
     "operators": "",
     "direction_checks": "operators pair weights",
@@ -32,20 +33,21 @@ ALLOWED = {
     "penalty": "direction names",
     "scores": "artifact names ops",
     "selection": "mask ops scores",
-    "methods": "artifact data direction names operators pair penalty scores targets train weights",
+    "methods": "artifact data direction evaluate mask names operators pair penalty scores"
+    " selection targets train units weights",
     "ops": "bitmask",
     "optim": "artifact direction mask names operators ops penalty scores weights",
     "data": "",
     "checkpoint": "artifact data",
     "train": "checkpoint data",
-    "evaluate": "artifact data direction mask names weights",
+    "evaluate": "artifact data direction mask names units weights",
     "environment": "",
     "organism": "artifact data",
     "integrations": "artifact checkpoint direction mask methods names optim organism penalty"
     " weights",
     "compare": "artifact data direction environment evaluate integrations mask methods optim"
     " organism scores selection train",
-    "report": "artifact compare evaluate",
+    "report": "artifact compare evaluate mask methods names",
     "cli": "_version artifact compare data direction environment evaluate integrations mask methods"
     " ops optim organism report scores selection train safeopt",
     "__main__": "cli",

@@ -17,6 +17,7 @@ from safeopt.cli import (
     direction,
     env,
     evaluate,
+    inspect,
     project,
     score,
     select,
@@ -29,6 +30,7 @@ __all__ = ["main"]
 COMMANDS: dict[str, ModuleType] = {
     "score": score,
     "select": select,
+    "inspect": inspect,
     "train": train,
     "evaluate": evaluate,
     "basin": basin,

@@ -1,5 +1,6 @@
 """What is left afterwards: safety, skill, and how far the weights have moved."""
 
+from safeopt.evaluate.ablation import ablated
 from safeopt.evaluate.basin import basin
 from safeopt.evaluate.directions import across, difference_direction, random_direction
 from safeopt.evaluate.drift import drift
@@ -14,6 +15,7 @@ from safeopt.evaluate.refusal import (
     phrases_hash,
     refusal_rate,
 )
+from safeopt.evaluate.stability import stability
 from safeopt.evaluate.utility import accuracy, perplexity
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "PHRASES_VERSION",
     "Proportion",
     "RefusalReport",
+    "ablated",
     "accuracy",
     "across",
     "answers",
@@ -33,4 +36,5 @@ __all__ = [
     "phrases_hash",
     "random_direction",
     "refusal_rate",
+    "stability",
 ]
