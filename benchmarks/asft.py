@@ -35,15 +35,13 @@ SCENARIOS = {
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The grid at poison-10; elsewhere one strength of each.
 GRID = [
-    "adamw", "l2:0.1", "asft-all:0.1", "anchor:0.1", "asft:0.3", "asft-l2:0.3", "asft-random:0.3",
-    "l2:0.3", "asft-all:0.3", "asft-all-random:0.3", "anchor:0.3", "anchor-shuffle:0.3",
-    "asft-all-subspace:0.1", "asft-all-subspace-random:0.1", "anchor:1", "l2:0.03", "project",
-    "project-random",
+    "adamw", "l2:0.1", "asft-all:0.1", "anchor:0.3", "anchor:0.1", "asft:0.3", "asft-l2:0.3",
+    "asft-random:0.3", "asft-all-random:0.1", "anchor-shuffle:0.3", "l2:0.3", "asft-all:0.3",
+    "asft-all-subspace:0.1", "asft-all-subspace-random:0.1", "project", "project-random",
 ]  # fmt: skip
-SOME = ["adamw", "asft:0.3", "asft-l2:0.3", "l2:0.1", "asft-all:0.1", "anchor:0.3"]
+SOME = ["adamw", "l2:0.1", "asft-all:0.1", "anchor:0.3"]
 LORA = [
-    "adamw", "asft:0.1", "asft-l2:0.1", "asft-random:0.1", "asft:1", "asft-l2:1", "asft-random:1",
-    "asft-subspace:1", "safe-lora:0.5",
+    "adamw", "asft:1", "asft-l2:1", "asft-random:1", "asft-subspace:1", "safe-lora:0.5",
 ]  # fmt: skip
 
 
