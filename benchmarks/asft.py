@@ -33,18 +33,15 @@ SCENARIOS = {
     "poison-20": "poison:0.2", "implicit": "implicit",
 }  # fmt: skip
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Every operator, strength and control at poison-10; elsewhere one strength of each.
-EVERY = [
-    "adamw", "asft:0.3", "asft-l2:0.3", "asft-random:0.3", "anchor:0.3", "asft:0.1", "asft-l2:0.1",
-    "anchor:0.1", "asft:1", "asft-l2:1", "anchor:1", "asft-subspace:0.3",
-    "asft-subspace-random:0.3", "project", "project-random", "asft-along:1", "asft-alt:1",
-    "asft-vector:0.3", "asft-decoupled:0.3", "asft-decoupled-l2:0.3", "safe-lora:0.5",
-    "adamw-lr:0.33", "spa:0.1", "asft:10", "asft-l2:10",
+# The grid at poison-10; elsewhere one strength of each.
+GRID = [
+    "adamw", "l2:0.1", "asft-all:0.1", "anchor:0.3", "anchor:0.1", "asft:0.3", "asft-l2:0.3",
+    "asft-random:0.3", "asft-all-random:0.1", "anchor-shuffle:0.3", "l2:0.3", "asft-all:0.3",
+    "asft-all-subspace:0.1", "asft-all-subspace-random:0.1", "project", "project-random",
 ]  # fmt: skip
-SOME = ["adamw", "asft:0.3", "asft-l2:0.3", "asft-random:0.3", "anchor:0.3"]
+SOME = ["adamw", "l2:0.1", "asft-all:0.1", "anchor:0.3"]
 LORA = [
-    "adamw", "asft:1", "asft-l2:1", "asft-random:1", "asft-subspace:1", "asft:10", "asft-l2:10",
-    "safe-lora:0.5",
+    "adamw", "asft:1", "asft-l2:1", "asft-random:1", "asft-subspace:1", "safe-lora:0.5",
 ]  # fmt: skip
 
 
@@ -91,7 +88,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=240)
     args = parser.parse_args()
-    arms = args.arms or (LORA if args.lora else EVERY if args.setting == "poison-10" else SOME)
+    arms = args.arms or (LORA if args.lora else GRID if args.setting == "poison-10" else SOME)
     settings = Settings(
         steps=args.steps, eval_every=40, lr=args.lr, weight_decay=0.0, batch_size=8, max_length=300,
         eval_batch_size=160, max_new_tokens=12, method="fisher-sqrt",

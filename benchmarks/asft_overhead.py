@@ -1,6 +1,6 @@
 """What AsFTAdamW adds to a training step of a Llama: LoRA r 8 on q and v, and full fine-tuning.
 
-    python benchmarks/asft_overhead.py --hidden 768 --layers 12 --rounds 11
+    python benchmarks/asft_overhead.py --rounds 9             # 100 M weights
     python benchmarks/asft_overhead.py --hidden 64 --layers 2 --rounds 3     # a trial of the script
 
 A step is forward, backward and optimizer step on random tokens. Every case has a model of its own
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--vocab", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="of each row")
     parser.add_argument("--rank", type=int, default=64, help="of full fine-tuning's factors")

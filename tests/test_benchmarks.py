@@ -174,3 +174,23 @@ def test_a_tiny_run_and_its_report(tmp_path: Path) -> None:
     (tmp_path / "broken.json").touch()
     with pytest.raises(ValueError, match=r"broken\.json holds no measurement"):
         write(tmp_path, tmp_path / "speed.md")
+
+
+def test_brief_reads_each_arm_at_each_level() -> None:
+    import brief
+    from test_report import make_results, make_run
+
+    slow = ((10, 5, 60), (20, 10, 60))
+    results = make_results(
+        [
+            make_run("adamw", 0, (10, 50, 60), (20, 90, 80)),
+            make_run("adamw", 1, (10, 70, 80), (20, 100, 80)),
+            *(make_run("spa:0.1", seed, *slow) for seed in (0, 1)),
+        ]
+    )
+    header, _, start, adamw, spa = brief.table(results, [1.0, 0.75]).splitlines()
+    assert header.endswith("| at 80 %: step, one, two | at 60 %: step, one, two |")
+    assert start.startswith("| (before training) | 0 | 0 | 0 | 0 | 10.0 | - | - | - |")
+    assert adamw.startswith("| adamw | 80 | 95 | 95 |")
+    assert adamw.endswith("| 15: 80, 80 | 10: 60, 60 |")
+    assert spa.endswith("| not reached | 10: 5, 5 |")

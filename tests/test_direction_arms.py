@@ -85,6 +85,30 @@ def test_the_l2_control_is_the_anchor_on_the_same_matrices() -> None:
         assert not torch.equal(p, before[name])
 
 
+def test_asft_on_all_weights_is_l2_where_the_direction_is_nothing() -> None:
+    """And where it is something, only the matrices of the direction differ from L2 on all."""
+    made = directions()
+    l2, _ = trained("l2:0.5", made)
+    zero = Directions(made.aligned, made.unaligned, RANK, never)
+    zero.of = lambda name: made.of(name).l2_like()
+    none, _ = trained("asft-all:0.5", zero)
+    for p, q in zip(none.parameters(), l2.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    first, second = copy.deepcopy(made.aligned), copy.deepcopy(made.aligned)
+    for model, arm in ((first, "l2:0.5"), (second, "asft-all-subspace:0.5")):
+        plan = Arm.parse(arm).plan(context(model, made))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        plan.optimizer.step()
+    before = dict(made.aligned.named_parameters())
+    for (name, p), q in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert not torch.equal(p, before[name] + 0.01), name
+        assert torch.equal(p, q) == (name not in made.of("subspace")), name
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_pull_across_leaves_more_of_the_drift_along_and_its_contrary_less(lora: bool) -> None:
     made = directions()
@@ -101,7 +125,7 @@ def test_a_pull_across_leaves_more_of_the_drift_along_and_its_contrary_less(lora
 
 def test_random_controls_are_drawn_anew_for_each_seed_and_keep_the_spectrum() -> None:
     made = directions()
-    for base in ("asft", "asft-subspace", "project", "safe-lora"):
+    for base in ("asft", "asft-subspace", "asft-all", "project", "safe-lora"):
         assert ARMS[f"{base}-random"].control and not ARMS[base].control
     value = ":30"
     first, again, other = (

@@ -142,6 +142,39 @@ def test_tables_have_every_arm_and_say_how_to_read_them() -> None:
         assert sum(line.count("|") == width for line in tables) >= 6
 
 
+def test_a_comparison_with_a_direction_shows_the_drift_across_it() -> None:
+    results = make_results([make_run("adamw", 0, (10, 50, 60)), make_run("asft:1", 0, (10, 5, 55))])
+    plain = report.tables.markdown(results, report.summarise(results), "")
+    assert "across C" not in plain
+    results["direction"] = {
+        "unaligned": "before",
+        "matrices": {"a": {"norm": 2.0, "largest": 0.25}, "b": {"norm": 4.0, "largest": 0.5}},
+    }
+    for run, share in zip(results["runs"], (0.968, 0.5), strict=True):
+        for at, each in enumerate(run["curve"]):
+            each["drift"] = {**DRIFT, "across": {"norm": 1.0, "share": share if at else 0.0}}
+    text = report.tables.markdown(results, report.summarise(results), "")
+    header, _, *rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
+    found = {row[0]: row[header.index("across C")] for row in rows[:3]}
+    assert found == {"| (before training)": "0 %", "| adamw": "96.8 %", "| asft:1": "50 %"}
+    assert "||V||_F is 3 on average and whose largest eigenvalue is 0.5" in text
+    assert "- unaligned: before" in text
+
+
+def test_a_method_and_its_controls_share_a_colour_and_no_two_arms_a_look() -> None:
+    from safeopt.report.figures import _styles
+
+    arms = ["adamw", "spa:0.1", "spa:0.5", "spa-random:0.1", "asft:1", "asft-l2:1", "anchor:1"]
+    arms += [f"other{i}:1" for i in range(9)]
+    results = make_results([make_run(arm, 0, (10, 1, 1)) for arm in arms])
+    looks = {arm: style for style, arm in _styles(results)}
+    assert looks["spa:0.1"]["color"] == looks["spa:0.5"]["color"]
+    assert looks["spa:0.1"]["color"] == looks["spa-random:0.1"]["color"]
+    assert len({looks[arm]["color"] for arm in ("adamw", "spa:0.1", "asft:1", "anchor:1")}) == 4
+    assert looks["spa-random:0.1"]["linestyle"] == "--" != looks["spa:0.1"]["linestyle"]
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(arms)
+
+
 def test_process_wide_memory_is_called_so() -> None:
     results = json.loads(json.dumps(SLOW))
     results["runs"][1]["memory"]["host_since"] = "process start"

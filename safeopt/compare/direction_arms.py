@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from safeopt import names
 from safeopt.compare.kinds import Context, Kind, Make, Plan
 from safeopt.direction import AlignmentDirection
 from safeopt.methods.safe_lora import apply_safe_lora
 from safeopt.methods.safe_lora_weights import project_weights
 from safeopt.optim import AsFTAdamW, project_step
+from safeopt.scores import Scores
 
 Pick = Callable[[Context], AlignmentDirection]
 
@@ -36,17 +38,27 @@ def _avoided(name: str) -> Pick:
     return lambda context: _of(name)(context).complement()
 
 
-def _asft(pick: Pick, **options: Any) -> Make:
-    """AsFTAdamW with the picked direction, VALUE being its lambda."""
+def _asft(pick: Pick, *, rest: bool = False, **options: Any) -> Make:
+    """AsFTAdamW with the picked direction, VALUE being its lambda.
+
+    rest: plain L2 of the same strength on all weights that the direction does not cover.
+    """
 
     def make(context: Context, lam: float) -> Plan:
+        direction = pick(context)
+        pull: dict[str, Any] = {}
+        if rest:
+            known = names.parameters(context.model)
+            ones = {n: torch.ones_like(p) for n, p in known.items() if n not in direction}
+            pull = {"anchor": Scores(ones), "anchor_strength": lam}
         return Plan(
             AsFTAdamW(
                 context.model.named_parameters(),
                 context.lr,
                 weight_decay=context.weight_decay,
-                direction=pick(context),
+                direction=direction,
                 lam=lam,
+                **pull,
                 **options,
             )
         )
@@ -104,6 +116,15 @@ DIRECTION_ARMS: dict[str, Kind] = {
     "asft-subspace-random": _kind("the same on a random subspace", _asft(_random("subspace")),
                                   control=True),
     "asft-vector": _kind("AsFT with rank 1 on vec(V)", _asft(_of("vector"))),
+    "asft-all": _kind("AsFT, and plain L2 on all other weights: l2 with the direction left free",
+                      _asft(_of("safelora"), rest=True), trains="full"),
+    "asft-all-random": _kind("the same with random eigenvectors",
+                             _asft(_random("safelora"), rest=True), control=True, trains="full"),
+    "asft-all-subspace": _kind("the same with the projector on V's top left singular vectors",
+                               _asft(_of("subspace"), rest=True), trains="full"),
+    "asft-all-subspace-random": _kind("the same on a random subspace",
+                                      _asft(_random("subspace"), rest=True), control=True,
+                                      trains="full"),
     "asft-along": _kind("the contrary: the top subspace is held, the rest free",
                         _asft(_avoided("subspace"))),
     "asft-alt": _kind("AsFT_Alt: the subspace of a short harmful fine-tune is held, the rest free",

@@ -87,19 +87,26 @@ def _columns(results: dict[str, Any], arm: str) -> list[list[Point]]:
 
 
 def _styles(results: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """A colour for each method and its controls, which are dashed; a marker for each arm of it."""
+    families: list[str] = []
+    used = dict.fromkeys(COLOURS, 0)
     styles = []
-    for i, arm in enumerate(results["arms"]):
+    for arm in results["arms"]:
         control = runs_of(results, arm)[0]["control"]
-        styles.append((
-            {
-                "color": COLOURS[i % len(COLOURS)],
-                "marker": MARKERS[i % len(MARKERS)],
-                "linestyle": "--" if control else "-",
-                "linewidth": 1.6,
-                "markersize": 4.5,
-            },
-            arm,
-        ))  # fmt: skip
+        name = arm.partition(":")[0]
+        family = name.rpartition("-")[0] if control else name
+        if family not in families:
+            families.append(family)
+        colour = COLOURS[families.index(family) % len(COLOURS)]
+        style = {
+            "color": colour,
+            "marker": MARKERS[used[colour] % len(MARKERS)],
+            "linestyle": "--" if control else "-",
+            "linewidth": 1.6,
+            "markersize": 4.5,
+        }
+        used[colour] += 1
+        styles.append((style, arm))
     return styles
 
 

@@ -93,6 +93,7 @@ def _row(points: list[Point], seeds: int) -> dict[str, Any]:
         "text_perplexity": _mean([point["text_perplexity"] for point in points]),
         "drift_critical": _mean([point["drift"]["critical"]["relative"] for point in points]),
         "drift_other": _mean([point["drift"]["other"]["relative"] for point in points]),
+        "drift_across": _mean([point["drift"].get("across", {}).get("share") for point in points]),
         "loss": _mean([point["loss"] for point in points]),
         "seconds": _mean([point["seconds"] for point in points]),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 
@@ -44,10 +45,12 @@ def equal_steps(summary: dict[str, Any]) -> str:
     sets = list(summary["start"]["attack"])
     text = summary["start"]["text_perplexity"] is not None
     device = any(row.get("device_bytes") for row in summary["equal_steps"].values())
+    across = summary["start"]["drift_across"] is not None
     header = [
         "arm", "weights trained", *[f"attack success, {name}" for name in sets], "over-refusal",
         "task accuracy", "perplexity, task", *(["perplexity, text"] if text else []),
-        "drift, critical", "drift, other", "train loss", "seconds", "peak memory",
+        "drift, critical", "drift, other", *(["across C"] if across else []), "train loss",
+        "seconds", "peak memory",
         *(["peak device memory"] if device else []), "optimizer state",
     ]  # fmt: skip
     rows = []
@@ -56,7 +59,9 @@ def equal_steps(summary: dict[str, Any]) -> str:
             arm, _percent(row.get("trained")), *[_rate(row["attack"][name]) for name in sets],
             _rate(row["over_refusal"]), _rate(row["accuracy"]), _number(row["perplexity"]),
             *([_number(row["text_perplexity"])] if text else []), _percent(row["drift_critical"]),
-            _percent(row["drift_other"]), _number(row["loss"]), _number(row["seconds"]),
+            _percent(row["drift_other"]),
+            *([_percent(row["drift_across"])] if across else []), _number(row["loss"]),
+            _number(row["seconds"]),
             _megabytes(row.get("host_bytes")),
             *([_megabytes(row.get("device_bytes"))] if device else []),
             _megabytes(row.get("state_bytes")),
@@ -93,14 +98,30 @@ def _notes(results: dict[str, Any]) -> list[str]:
         "  response token.",
         "- Drift is the norm of the change over the norm before training; critical are the top",
         f"  {fraction:g} % of the scored weights, the same weights for every arm.",
+        *_across(results),
         "- Seconds are those of training, without evaluation. Peak memory is the host's and covers",
         f"  {covers}.",
         f"- {results['phrases']['note']}",
     ]
 
 
+def _across(results: dict[str, Any]) -> list[str]:
+    if not results.get("direction"):
+        return []
+    matrices = results["direction"]["matrices"].values()
+    norm = fmean(row["norm"] for row in matrices)
+    largest = max(row["largest"] for row in matrices)
+    return [
+        "- Across C is the norm of (I - C) dW over that of dW, C = V V^T / ||V||_F, in the"
+        f" {len(matrices)} matrices",
+        f"  of the direction, whose ||V||_F is {norm:.3g} on average and whose largest eigenvalue"
+        f" is {largest:.3g}.",
+    ]
+
+
 def _provenance(results: dict[str, Any]) -> list[str]:
     machine, versions = results["machine"], results["versions"]
+    direction = results.get("direction")
     settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
     lines = [f"    {results['command']}", ""] if results["command"] else []
     lines += [
@@ -108,6 +129,7 @@ def _provenance(results: dict[str, Any]) -> list[str]:
         f"{machine['device']}",
         f"- versions: {', '.join(f'{name} {value}' for name, value in versions.items() if value)}",
         f"- model: {results['model']['folder']} (weights {results['model']['weights'][:16]})",
+        *([f"- unaligned: {direction['unaligned']}"] if direction else []),
         f"- seeds: {', '.join(map(str, results['seeds']))}",
         f"- settings: {settings}",
         f"- phrase list: version {results['phrases']['version']}, "
