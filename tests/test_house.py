@@ -45,7 +45,7 @@ ALLOWED = {
     "organism": "artifact data",
     "integrations": "artifact checkpoint direction mask methods names optim organism penalty"
     " weights",
-    "compare": "artifact data direction environment evaluate integrations mask methods optim"
+    "compare": "artifact data direction environment evaluate integrations mask methods names optim"
     " organism scores selection train",
     "report": "artifact compare evaluate mask methods names",
     "cli": "_version artifact compare data direction environment evaluate integrations mask methods"
