@@ -60,6 +60,7 @@ def test_wrong_scenario_is_named(text: str) -> None:
         {"equal_skill": 0.0},
         {"weight_decay": -1.0},
         {"objective": "guard"},
+        {"objective": "margin", "method": "snip"},
         {"batch_size": 0},
     ],
 )

@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         default=default.method,
-        help="of the scores: esi (default), fisher or fisher-sqrt",
+        help="of the scores: esi (default), fisher, fisher-sqrt, snip or wanda",
     )
     parser.add_argument(
         "--objective",

@@ -1,4 +1,4 @@
-"""Score the weights of a model by their effect on its refusals (ESI, or Fisher information)."""
+"""Score the weights of a model by what its refusals need (ESI, Fisher, SNIP or Wanda)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=tuple(METHODS),
         default="esi",
-        help="esi (arXiv 2604.08297, default), for masks; fisher (arXiv 1612.00796) or its square "
-        "root, for anchors",
+        help="esi (arXiv 2604.08297, default), snip or wanda (arXiv 2402.05162), for masks; fisher "
+        "(arXiv 1612.00796) or its square root, for anchors",
     )
     parser.add_argument(
         "--objective",

@@ -10,16 +10,32 @@ import torch
 
 from safeopt import artifact
 from safeopt.data import Row, batches, sure_answer
+from safeopt.methods.attribution import SNIP, Wanda
 from safeopt.methods.esi import ESI
 from safeopt.methods.fisher import Fisher
 from safeopt.scores import Scorer, Scores, score
+
+
+def _without_objective(name: str, make: Callable[[], Scorer]) -> Callable[[Any], Scorer]:
+    def checked(objective: Any) -> Scorer:
+        if objective != "refusal_nll":
+            raise ValueError(
+                f"method {name} scores by the responses alone and objective is {objective!r}; leave"
+                " the objective out, or take esi or fisher"
+            )
+        return make()
+
+    return checked
+
 
 METHODS: dict[str, Callable[[Any], Scorer]] = {
     "esi": lambda objective: ESI(objective=objective),
     "fisher": lambda objective: Fisher(objective=objective),
     "fisher-sqrt": lambda objective: Fisher(objective=objective, power=0.5),
+    "snip": _without_objective("snip", SNIP),
+    "wanda": _without_objective("wanda", Wanda),
 }
-"""The scorers that go by name: from an objective to the scorer."""
+"""The scorers that go by name: from an objective to the scorer; ValueError where they fit not."""
 
 
 def scoring_batches(

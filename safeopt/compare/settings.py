@@ -73,6 +73,7 @@ class Settings:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}"
                 )
+        METHODS[self.method](self.objective)
 
     def measured_at(self, step: int) -> bool:
         """Whether the curve has a point after this step."""
