@@ -29,7 +29,9 @@ class AsFTAdamW(SafeAdamW):
     """SafeAdamW with the penalty lam * sum over matrices of ||(I - C) dW||_F^2.
 
     dW is W - W_start where a matrix of the direction is trained itself, and scale * B A where it
-    has a LoRA adapter, found by name. What the direction does not name moves as under SafeAdamW.
+    has a LoRA adapter, found by name. What the direction does not name moves as under SafeAdamW: in
+    full fine-tuning embeddings, head and norms, through which the organism lost its safety whatever
+    lam was (benchmarks/results/asft.md); draw those too, with `anchor=`.
     The penalty acts once per step, whatever gradient accumulation and clipping do, and on live
     elements only. lam = 0 is SafeAdamW, bit for bit (`test_law_6_lam_0_is_safe_adamw`).
 
