@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,9 @@ from test_safety_layers import bits, changed
 
 pytest.importorskip("transformers")
 
-from safeopt.evaluate import PHRASES, answers, is_refusal
 from safeopt.mask import SafetyMask
 from safeopt.methods import OverRejection, choose_alpha, localise
 from safeopt.methods.safety_layers.curves import InitialRange, layer_curves
-from safeopt.methods.safety_layers.over_rejection import OPENINGS
 
 PROMPTS = list(SENTENCES[:5])
 QUIET: dict[str, Any] = {"progress": False}
@@ -101,72 +98,6 @@ def test_the_published_counts_lead_to_the_published_range(name: str) -> None:
     assert len(count.calls) == len(set(count.calls)) == 1 + len(table)  # nothing counted twice
     assert changed(model, before) == set()
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["log"][0]["sweep"] == "upper"
-
-
-@pytest.mark.parametrize("name", SPREADS)
-def test_alpha_is_the_first_whose_sample_deviation_is_enough(name: str) -> None:
-    """At the published alphas the upper sweeps deviate by the ddof-1 values of safety_layers.md."""
-    (alpha, unscaled, first, ends, *_), table = published(name)
-    model = deep()
-
-    def rule(layers: Any, at: float) -> int:
-        weak = abs(at - 1) < abs(alpha - 1) - 1e-6
-        return unscaled if layers is None or weak else table[layers]
-
-    step = 0.05 if alpha > 1 else -0.05
-    count = counting(model, rule)
-    before = bits(model)
-    given = {"start": (first, ends[2]), "uppers": ends, "step": step, **QUIET}
-    found = choose_alpha(model, count, spread=15, limit=1 + 10 * step, **given)
-    assert found.alpha == alpha and found.spread == pytest.approx(SPREADS[name], abs=0.05)
-    tried = [entry["alpha"] for entry in found.log]
-    assert tried == [round(1 + step * n, 10) for n in range(1, len(tried) + 1)]
-    json.dumps(found.to_json(), allow_nan=False)
-    with pytest.raises(ValueError, match=f"no alpha up to limit=.* spread=22; .*{alpha}: "):
-        choose_alpha(model, count, spread=22, limit=alpha + step, **given)
-    with pytest.raises(ValueError, match=f"no alpha up to limit={alpha} "):
-        choose_alpha(model, count, spread=22, limit=alpha, **given)
-    assert changed(model, before) == set()
-
-
-@pytest.mark.parametrize(
-    ("step", "limit", "tried"),
-    [
-        (0.05, 1.15, [1.05, 1.1, 1.15]),
-        (0.2, 1.2, [1.2]),
-        (-0.05, 0.95, [0.95]),
-        (-0.05, 0.9, [0.95, 0.9]),
-        (0.1, 1.25, [1.1, 1.2]),
-    ],
-)
-def test_the_limit_of_alpha_is_tried_whatever_floats_make_of_it(
-    step: float, limit: float, tried: list[float]
-) -> None:
-    """(1.15 - 1) / 0.05 is a little below 3, and (1.2 - 1) / 0.2 a little below 1."""
-    model = deep(6)
-    count = counting(model, lambda layers, _: layers[1])
-    text = ", ".join(f"{alpha}: 1.58" for alpha in tried)
-    with pytest.raises(ValueError, match=f"deviations: {re.escape(text)}\\. Lower"):
-        choose_alpha(model, count, start=(1, 3), spread=2, step=step, limit=limit, **QUIET)
-
-
-def test_alpha_stops_where_the_text_breaks() -> None:
-    model = deep(6)
-    count = counting(model, lambda layers, alpha: layers[1] if layers else 0)
-    asked: list[Any] = []
-
-    def fluent(seen: Any) -> bool:
-        moved = seen.model.layers[3].mlp.up_proj.weight.detach() / start
-        asked.append(round(float(moved.mean()), 4))
-        return asked[-1] < 1.12
-
-    start = model.model.layers[3].mlp.up_proj.weight.detach().clone()
-    before = bits(model)
-    with pytest.raises(
-        ValueError, match=r"alpha=1\.15 .* no longer fluent.* 1\.05: 1\.58, 1\.1: 1\.58"
-    ):
-        choose_alpha(model, count, start=(1, 3), spread=2, fluent=fluent, **QUIET)
-    assert asked == [1.05, 1.1, 1.15] and changed(model, before) == set()
 
 
 @pytest.mark.parametrize(("alpha", "sign"), [(1.1, 1), (0.9, -1)])
@@ -264,49 +195,6 @@ def test_the_mask_of_a_search_knows_where_it_comes_from(tmp_path: Path) -> None:
         model.lm_head.weight[0, 0] += 1
     with pytest.raises(ValueError, match="not the one that was searched"):
         found.mask(model)
-
-
-def test_over_rejection_counts_greedy_answers(tiny_tokenizer: Any) -> None:
-    """Each detector over the same answers; the first decides, also in a real search."""
-    model = make_llama(len(tiny_tokenizer), num_hidden_layers=4)
-    texts = answers(model, tiny_tokenizer, PROMPTS, max_new_tokens=5)
-    letters = {"e": lambda text: "e" in text, "the same": lambda text: text in texts}
-    count = OverRejection(tiny_tokenizer, PROMPTS, detectors=letters, max_new_tokens=5)
-    wanted = {name: sum(map(rule, texts)) for name, rule in letters.items()}
-    assert count(model) == wanted and wanted["the same"] == len(PROMPTS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = localise(model, count, start=(1, 2), alpha=3.0, **QUIET)
-    assert found.unscaled == wanted and found.log[0].count == found.log[0].counts["e"]
-    assert len({tuple(s.counts.values()) for s in found.log}) > 1
-
-
-def test_the_default_detectors_are_the_published_openings_and_our_phrases(
-    tiny_tokenizer: Any,
-) -> None:
-    count = OverRejection(tiny_tokenizer, PROMPTS)
-    assert list(count.detectors) == ["openings", "phrases"] and count.max_new_tokens == 16
-    assert is_refusal("I cannot help with that.", OPENINGS)
-    assert not is_refusal("As an AI I won't.", OPENINGS) and is_refusal("As an AI.", PHRASES)
-
-
-def test_whatever_decides_the_counts_is_in_the_key_of_the_cache(tiny_tokenizer: Any) -> None:
-    def key(prompts: list[str] = PROMPTS, **settings: Any) -> str:
-        return json.dumps(OverRejection(tiny_tokenizer, prompts, **settings).arguments())
-
-    keys = [
-        key(),
-        key(PROMPTS[:-1]),
-        key(max_new_tokens=8),
-        key(detectors={"openings": OPENINGS}),
-        key(detectors={"openings": ("no",)}),
-        key(detectors={"openings": lambda text: "no" in text}),
-        key(detectors={"openings": lambda text: "yes" in text}),
-        key(detectors={"phrases": PHRASES, "openings": OPENINGS}),
-    ]
-    assert len(set(keys)) == len(keys) and key() == keys[0] == key(batch_size=3)
-    order = [json.loads(k)["decides"] for k in (keys[0], keys[-1])]
-    assert order == ["openings", "phrases"]
 
 
 def test_bad_input(tiny_tokenizer: Any, tmp_path: Path) -> None:
