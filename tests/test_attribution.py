@@ -155,6 +155,9 @@ def test_wanda_of_weights_that_are_stored_the_other_way_round(tiny_tokenizer):
 def test_wanda_of_experts_counts_the_tokens_that_reach_each(kind):
     """Inputs of both matrices of every expert; padding reaches none; an idle expert scores zero."""
     model = make_moe(kind)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and "bias" in name:  # transformers starts them at zero
+            nn.init.constant_(parameter, 0.3)
     ids = torch.randint(2, 97, (2, 4), generator=torch.Generator().manual_seed(0))
     there = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
     batch = {"input_ids": ids, "attention_mask": there, "labels": ids}
