@@ -203,14 +203,21 @@ def test_every_seed_has_its_own_adapters_and_every_arm_of_a_seed_the_same() -> N
 
 
 def test_an_arm_that_cannot_run_is_refused_before_anything_is_computed() -> None:
-    arms = parse_arms(["adamw", "spa:0.1"])
+    def check(*arms: str, lora: bool = False, unaligned: bool = False) -> None:
+        parsed = parse_arms(["adamw", *arms])
+        require_possible(parsed, lora=lora, unaligned=unaligned, utility=False)
+
     with pytest.raises(ValueError, match=r"arm spa:0.1 is not defined where LoRA adapters.*asft"):
-        require_possible(arms, lora=True, unaligned=True)
-    require_possible(arms, lora=False, unaligned=False)
+        check("spa:0.1", lora=True, unaligned=True)
+    check("spa:0.1")
     with pytest.raises(ValueError, match="arm project is not defined where LoRA"):
-        require_possible(parse_arms(["adamw", "project"]), lora=True, unaligned=True)
-    with pytest.raises(ValueError, match="arm asft:1 reads a direction; give the unaligned model"):
-        require_possible(parse_arms(["adamw", "asft:1"]), lora=True, unaligned=False)
+        check("project", lora=True, unaligned=True)
+    with pytest.raises(ValueError, match=r"arm asft:1 reads a direction; give the unaligned model"):
+        check("asft:1")
+    with pytest.raises(
+        ValueError, match=r"arm ssah:0.1 sets safety against utility; give harmless"
+    ):
+        check("ssah:0.1", unaligned=True)
 
 
 @pytest.mark.parametrize("wrong", [{"lora_rank": -1}, {"lora_rank": 2, "lora_alpha": 0.0}])

@@ -46,7 +46,7 @@ ALLOWED = {
     "integrations": "artifact checkpoint direction mask methods names optim organism penalty"
     " weights",
     "compare": "artifact data direction environment evaluate integrations mask methods names optim"
-    " organism scores selection train",
+    " organism scores selection train units",
     "report": "artifact compare evaluate mask methods names",
     "cli": "_version artifact compare data direction environment evaluate integrations mask methods"
     " ops optim organism report scores selection train safeopt",

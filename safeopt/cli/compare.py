@@ -25,6 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arms = "; ".join(
         f"{name}{':VALUE' if kind.takes else ''}: {kind.summary}" for name, kind in ARMS.items()
     )
+    arms += ". Those that freeze can be joined: 'spa:0.1|ssah:0.075' freezes what either does,"
+    arms += " '&' what both do; 'spa:0.1+anchor:0.3' draws what is not frozen"
     add_model(parser)
     parser.add_argument(
         "--scenario", default="clean", help="clean (default), poison:SHARE, implicit, or repair"
@@ -33,13 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run per arm and seed"
     )
-    parser.add_argument(
-        "--identify", required=True, metavar="ROWS", help=f"harmful prompts with refusals: {ROWS}"
-    )
-    parser.add_argument(
-        "--task", required=True, metavar="ROWS", help="rows to learn (refusals, when repairing)"
-    )
-    parser.add_argument("--poison", metavar="ROWS", help="harmful prompts for the scenario poison")
+    for name, (needed, text) in _ROWS.items():
+        parser.add_argument(f"--{name}", required=needed, metavar="ROWS", help=text)
     parser.add_argument(
         "--harmful",
         nargs="+",
@@ -47,13 +44,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="ROWS",
         help="NAME=FILE or FILE: attack success",
     )
-    parser.add_argument(
-        "--harmless", required=True, metavar="ROWS", help="harmless prompts, for over-refusal"
-    )
-    parser.add_argument(
-        "--test", required=True, metavar="ROWS", help="task rows for accuracy and perplexity"
-    )
-    parser.add_argument("--text", metavar="ROWS", help="general rows, for perplexity")
     default = Settings()
     parser.add_argument(
         "--method",
@@ -84,6 +74,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# whether they must be given, and what they are
+_ROWS = {
+    "identify": (True, f"harmful prompts with refusals: {ROWS}"),
+    "task": (True, "rows to learn (refusals, when repairing)"),
+    "harmless": (True, "harmless prompts, for over-refusal"),
+    "test": (True, "task rows for accuracy and perplexity"),
+    "poison": (False, "harmful prompts for the scenario poison"),
+    "text": (False, "general rows, for perplexity"),
+    "utility": (False, "harmless rows with answers, for arms that set safety against utility"),
+}
 _NUMBERS = {
     "steps": "optimizer steps of every arm",
     "eval-every": "steps between points of the curve",
@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         harmless=load_rows(args.harmless),
         test=load_rows(args.test, WITH_RESPONSE),
         text=load_rows(args.text, WITH_RESPONSE) if args.text else [],
+        utility=load_rows(args.utility, WITH_RESPONSE) if args.utility else [],
     )
     device = pick_device(args.device)
     results = compare(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_, or_
+from typing import Any
 
 from safeopt.compare.direction_arms import DIRECTION_ARMS
 from safeopt.compare.kinds import Context, Kind, Plan
-from safeopt.compare.mask_arms import MASK_ARMS
+from safeopt.compare.mask_arms import MASK_ARMS, frozen
+from safeopt.compare.region_arms import REGION_ARMS
+from safeopt.mask import SafetyMask
 
-ARMS: dict[str, Kind] = {**MASK_ARMS, **DIRECTION_ARMS}
-"""All arms by name; a later method adds its entry to one of the two tables, or a third."""
+ARMS: dict[str, Kind] = {**MASK_ARMS, **REGION_ARMS, **DIRECTION_ARMS}
+"""All arms by name; a later method adds its entry to one of the tables, or a new one."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +24,11 @@ class Arm:
     """One arm with its value, for example ``spa`` with 0.01; ``str(arm)`` is ``"spa:0.01"``."""
 
     name: str
-    value: float | None
+    value: float | tuple[int, int] | None
 
     @classmethod
     def parse(cls, text: str) -> Arm:
-        """Read ``"adamw"`` or ``"spa:0.01"``.
+        """Read ``"adamw"``, ``"spa:0.01"`` or ``"sppft:6-14"``.
 
         Raises:
             ValueError: unknown name (with near misses), or a value that is missing, superfluous or
@@ -38,6 +44,13 @@ class Arm:
             if colon:
                 raise ValueError(f"arm {text!r}: {name} takes no value; write {name}")
             return cls(name, None)
+        if takes == "layers":
+            found = re.fullmatch(r"(\d+)-(\d+)", raw)
+            if not found:
+                raise ValueError(
+                    f"arm {text!r} needs the first and last layer, for example {name}:6-14"
+                )
+            return cls(name, (int(found[1]), int(found[2])))
         try:
             value = float(raw)
         except ValueError:
@@ -50,7 +63,11 @@ class Arm:
         return cls(name, value)
 
     def __str__(self) -> str:
-        return self.name if self.value is None else f"{self.name}:{self.value:.12g}"
+        if self.value is None:
+            return self.name
+        if isinstance(self.value, tuple):
+            return f"{self.name}:{self.value[0]}-{self.value[1]}"
+        return f"{self.name}:{self.value:.12g}"
 
     @property
     def kind(self) -> Kind:
@@ -62,14 +79,91 @@ class Arm:
         return self.kind.make(context, 1.0 if self.value is None else self.value)
 
 
-def parse_arms(texts: list[str]) -> list[Arm]:
+@dataclass(frozen=True)
+class Joined:
+    """Arms that freeze, as one: ``"spa:0.1|ssah:0.075"`` freezes what either does, with ``&`` both.
+
+    After ``+`` comes an arm that draws weights: ``"spa:0.1+anchor:0.3"`` draws those that are not
+    frozen.
+    """
+
+    freezing: tuple[Arm, ...]
+    sign: str
+    drawing: Arm | None
+
+    @classmethod
+    def parse(cls, text: str) -> Joined:
+        """Read a composition.
+
+        Raises:
+            ValueError: ``|`` and ``&`` in one, an arm that does not freeze, or after ``+`` one that
+                draws no weights; or as ``Arm.parse``.
+        """
+        first, plus, last = text.partition("+")
+        if "|" in first and "&" in first:
+            raise ValueError(f"arm {text!r} has both | and &, which could be read two ways")
+        sign = "&" if "&" in first else "|"
+        parts = tuple(Arm.parse(part) for part in first.split(sign))
+        drawing = Arm.parse(last) if plus else None
+        for part in parts:
+            if part.kind.freezes is None:
+                able = ", ".join(name for name, kind in ARMS.items() if kind.freezes)
+                raise ValueError(
+                    f"arm {text!r}: {part.name} freezes nothing; those that do: {able}"
+                )
+        if drawing and not drawing.kind.draws:
+            able = ", ".join(name for name, kind in ARMS.items() if kind.draws)
+            raise ValueError(
+                f"arm {text!r}: {drawing.name} draws no weights to a place; those that do: {able}"
+            )
+        return cls(parts, sign, drawing)
+
+    def __str__(self) -> str:
+        return self.sign.join(map(str, self.freezing)) + (
+            f"+{self.drawing}" if self.drawing else ""
+        )
+
+    @property
+    def kind(self) -> Kind:
+        """What the parts need, as one entry; it is nobody's control."""
+        kinds = [arm.kind for arm in (*self.freezing, self.drawing) if arm]
+        return Kind(
+            str(self),
+            lambda context, _: self.plan(context),
+            directed=any(kind.directed for kind in kinds),
+            located=any(kind.located for kind in kinds),
+        )
+
+    def plan(self, context: Context) -> Plan:
+        """Make the masks, join them, and make the optimizer for ``context.model``.
+
+        Raises:
+            ValueError: the masks have no weight in common.
+        """
+        masks: list[Any] = [
+            arm.kind.freezes(context, arm.value) for arm in self.freezing if arm.kind.freezes
+        ]
+        mask: SafetyMask = reduce(and_ if self.sign == "&" else or_, masks)
+        if not mask.count():
+            raise ValueError(f"arm {self} freezes nothing: the masks have no weight in common")
+        if self.drawing is None:
+            return frozen(context, mask)
+        return self.drawing.plan(replace(context, freeze=mask))
+
+
+def parse_arm(text: str) -> Arm | Joined:
+    """Read one arm, or several joined by ``|``, ``&`` and ``+``."""
+    return Joined.parse(text) if set(text) & set("|&+") else Arm.parse(text)
+
+
+def parse_arms(texts: list[str]) -> list[Arm | Joined]:
     """Read the names of all arms of a comparison, in order.
 
     Raises:
-        ValueError: as ``Arm.parse``; an arm given twice; no ``adamw``, against which the others are
+        ValueError: as ``parse_arm``; an arm given twice; no ``adamw``, against which the others are
             read.
     """
-    arms = [Arm.parse(text) for text in texts]
+    arms = [parse_arm(text) for text in texts]
     for arm in arms:
         if arms.count(arm) > 1:
             raise ValueError(f"arm {arm} is given {arms.count(arm)} times; give each arm once")
@@ -80,17 +174,19 @@ def parse_arms(texts: list[str]) -> list[Arm]:
     return arms
 
 
-def require_possible(arms: list[Arm], lora: bool, unaligned: bool) -> None:
-    """Check that every arm can run: on LoRA adapters or all weights, with or without a direction.
+def require_possible(
+    arms: list[Arm | Joined], *, lora: bool, unaligned: bool, utility: bool
+) -> None:
+    """Check that every arm can run: on LoRA adapters or all weights, with what is at hand.
 
     Raises:
-        ValueError: one cannot; which could is said.
+        ValueError: one cannot; which could, or what it needs, is said.
     """
     trained = "lora" if lora else "full"
-    able = [name for name, kind in ARMS.items() if kind.trains in (trained, "both")]
     for arm in arms:
-        if arm.name not in able:
+        if arm.kind.trains not in (trained, "both"):
             what = "LoRA adapters" if lora else "all weights"
+            able = [name for name, kind in ARMS.items() if kind.trains in (trained, "both")]
             raise ValueError(
                 f"arm {arm} is not defined where {what} are trained; there are {', '.join(able)}"
             )
@@ -98,4 +194,9 @@ def require_possible(arms: list[Arm], lora: bool, unaligned: bool) -> None:
             raise ValueError(
                 f"arm {arm} reads a direction; give the unaligned model too (unaligned=,"
                 " --unaligned)"
+            )
+        if arm.kind.located and not utility:
+            raise ValueError(
+                f"arm {arm} sets safety against utility; give harmless rows with answers too"
+                " (Sets(utility=), --utility)"
             )

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from safeopt import artifact
-from safeopt.compare.arms import Arm, parse_arms, require_possible
+from safeopt.compare.arms import Arm, Joined, parse_arms, require_possible
 from safeopt.compare.curve import measure
 from safeopt.compare.directions import Directions, harmful_direction
+from safeopt.compare.regions import Regions
 from safeopt.compare.run import OnStep, Start, finished_run, run_arm, run_file, settings_of
-from safeopt.compare.scoring import cached_scores
+from safeopt.compare.scoring import cached_scores, scoring_batches
 from safeopt.compare.sets import Sets
 from safeopt.compare.settings import Settings
 from safeopt.environment import machine, versions
@@ -63,7 +64,12 @@ def compare(
     """
     settings = settings or Settings()
     chosen = parse_arms(list(arms))
-    require_possible(chosen, bool(settings.lora_rank), unaligned is not None)
+    require_possible(
+        chosen,
+        lora=bool(settings.lora_rank),
+        unaligned=unaligned is not None,
+        utility=bool(sets.utility),
+    )
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and each once")
     out = Path(out)
@@ -119,6 +125,14 @@ def _start(
         tune = partial(harmful_direction, loaded, tokenizer, sets, settings)
         directions = Directions(loaded, folder, settings.direction_rank, tune)
         seen = directions.of("safelora")
+    sized = {"batch_size": settings.batch_size, "max_length": settings.max_length}
+    regions = sets.utility and Regions(
+        loaded,
+        *(
+            scoring_batches(tokenizer, rows, "refusal_nll", **sized)
+            for rows in (sets.identify, sets.utility)
+        ),
+    )
     return Start(
         model=loaded,
         tokenizer=tokenizer,
@@ -129,11 +143,12 @@ def _start(
         settings=settings,
         first=measure(loaded, tokenizer, sets, settings, loaded, critical, seen),
         directions=directions,
+        regions=regions or None,
     )
 
 
 def _run_all(
-    start: Start, arms: list[Arm], seeds: Sequence[int], folder: Path, progress: bool
+    start: Start, arms: list[Arm | Joined], seeds: Sequence[int], folder: Path, progress: bool
 ) -> list[dict[str, Any]]:
     runs = []
     with _bar(len(arms) * len(seeds) * start.settings.steps, progress) as advance:

@@ -58,9 +58,11 @@ def _asft(pick: Pick, *, rest: bool = False, **options: Any) -> Make:
                 weight_decay=context.weight_decay,
                 direction=direction,
                 lam=lam,
+                freeze=context.freeze,
                 **pull,
                 **options,
-            )
+            ),
+            context.freeze,
         )
 
     return make
@@ -99,7 +101,10 @@ def _safe_lora(pick: Pick) -> Make:
 
 
 def _kind(summary: str, make: Make, takes: str = "strength", **options: Any) -> Kind:
-    return Kind(summary, make, takes, **{"trains": "both", "directed": True, **options})
+    draws = takes == "strength"
+    return Kind(
+        summary, make, takes, **{"trains": "both", "directed": True, "draws": draws, **options}
+    )
 
 
 DIRECTION_ARMS: dict[str, Kind] = {

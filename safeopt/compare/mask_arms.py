@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from safeopt import artifact
-from safeopt.compare.kinds import Context, Kind, Make, Plan
+from safeopt.compare.kinds import Context, Kind, Make, Pick, Plan
 from safeopt.mask import SafetyMask
 from safeopt.optim import SafeAdamW
 from safeopt.optim.anchor import Mode, Shares
 from safeopt.scores import Scores
 from safeopt.selection import select
-
-Pick = Callable[[Context, float], SafetyMask]
 
 
 def _top(context: Context, fraction: float) -> SafetyMask:
@@ -29,16 +28,27 @@ def _shuffled(context: Context, fraction: float) -> SafetyMask:
     return _top(context, fraction).shuffle(context.seed)
 
 
-def _masked(argument: str, pick: Pick) -> Make:
-    """SafeAdamW with the picked mask for ``argument``, ``"freeze"`` (SPA) or ``"train"`` (SET)."""
+def frozen(context: Context, mask: SafetyMask) -> Plan:
+    """SafeAdamW that freezes the mask."""
+    named = context.model.named_parameters()
+    return Plan(SafeAdamW(named, context.lr, weight_decay=context.weight_decay, freeze=mask), mask)
 
-    def make(context: Context, fraction: float) -> Plan:
-        mask = pick(context, fraction)
-        named = context.model.named_parameters()
-        decay = context.weight_decay
+
+def freezing(summary: str, pick: Pick, takes: str = "fraction", **options: Any) -> Kind:
+    """An arm that freezes the picked mask."""
+    return Kind(
+        summary, lambda context, value: frozen(context, pick(context, value)), takes,
+        freezes=pick, **options,
+    )  # fmt: skip
+
+
+def training(pick: Pick) -> Make:
+    """SafeAdamW that trains the picked mask alone."""
+
+    def make(context: Context, value: Any) -> Plan:
+        mask, named = pick(context, value), context.model.named_parameters()
         return Plan(
-            SafeAdamW(named, context.lr, weight_decay=decay, **{argument: mask}),  # type: ignore[arg-type]
-            mask,
+            SafeAdamW(named, context.lr, weight_decay=context.weight_decay, train=mask), mask
         )
 
     return make
@@ -55,8 +65,9 @@ def _anchored(shares: Callable[[Context], Shares], mode: Mode = "coupled") -> Ma
             anchor=shares(context),
             anchor_strength=strength,
             anchor_mode=mode,
+            freeze=context.freeze,
         )
-        return Plan(optimizer)
+        return Plan(optimizer, context.freeze)
 
     return make
 
@@ -84,32 +95,26 @@ def _adamw(context: Context, factor: float) -> Plan:
     return Plan(torch.optim.AdamW(named, context.lr * factor, weight_decay=context.weight_decay))
 
 
+def _draws(
+    summary: str, shares: Callable[[Context], Shares], mode: Mode = "coupled", **options: Any
+) -> Kind:
+    return Kind(summary, _anchored(shares, mode), "strength", draws=True, **options)
+
+
 MASK_ARMS: dict[str, Kind] = {
     "adamw": Kind("all weights, torch's AdamW: the baseline", _adamw, "", trains="both"),
     "adamw-lr": Kind("the same at VALUE times the learning rate", _adamw, "factor", trains="both"),
-    "spa": Kind("freeze the top VALUE of the scored weights", _masked("freeze", _top)),
-    "spa-random": Kind(
-        "freeze as many at random over the model", _masked("freeze", _random), control=True
-    ),
-    "spa-shuffle": Kind(
-        "freeze as many at random in each tensor", _masked("freeze", _shuffled), control=True
-    ),
-    "set": Kind("train only the top VALUE of the scored weights", _masked("train", _top)),
-    "set-random": Kind(
-        "train as many at random over the model", _masked("train", _random), control=True
-    ),
+    "spa": freezing("freeze the top VALUE of the scored weights", _top),
+    "spa-random": freezing("freeze as many at random over the model", _random, control=True),
+    "spa-shuffle": freezing("freeze as many at random in each tensor", _shuffled, control=True),
+    "set": Kind("train only the top VALUE of the scored weights", training(_top)),
+    "set-random": Kind("train as many at random over the model", training(_random), control=True),
     "set-shuffle": Kind(
-        "train as many at random in each tensor", _masked("train", _shuffled), control=True
+        "train as many at random in each tensor", training(_shuffled), control=True
     ),
-    "l2": Kind("draw all weights to their start, strength VALUE", _anchored(_uniform), "strength"),
-    "l2-decoupled": Kind(
-        "the same beside the weight decay", _anchored(_uniform, "decoupled"), "strength"
-    ),
-    "anchor": Kind("draw each weight by its score, strength VALUE", _anchored(_scores), "strength"),
-    "anchor-decoupled": Kind(
-        "the same beside the weight decay", _anchored(_scores, "decoupled"), "strength"
-    ),
-    "anchor-shuffle": Kind(
-        "draw by scores shuffled in each tensor", _anchored(_mixed), "strength", control=True
-    ),
+    "l2": _draws("draw all weights to their start, strength VALUE", _uniform),
+    "l2-decoupled": _draws("the same beside the weight decay", _uniform, "decoupled"),
+    "anchor": _draws("draw each weight by its score, strength VALUE", _scores),
+    "anchor-decoupled": _draws("the same beside the weight decay", _scores, "decoupled"),
+    "anchor-shuffle": _draws("draw by scores shuffled in each tensor", _mixed, control=True),
 }

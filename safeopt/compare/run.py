@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from safeopt import artifact, evaluate
-from safeopt.compare.arms import Arm
+from safeopt.compare.arms import Arm, Joined
 from safeopt.compare.curve import measure
 from safeopt.compare.directions import Directions
 from safeopt.compare.kinds import Context
 from safeopt.compare.lora import as_measured, with_adapters
 from safeopt.compare.memory import PeakMemory
+from safeopt.compare.regions import Regions
 from safeopt.compare.sets import Sets
 from safeopt.compare.settings import Settings
 from safeopt.mask import SafetyMask
@@ -27,6 +28,8 @@ from safeopt.scores import Scores
 from safeopt.train import train
 
 OnStep = Callable[[int, float], None]
+
+FILE_WORDS = {":": "-", "|": "-or-", "&": "-and-", "+": "-with-"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +50,10 @@ class Start:
     settings: Settings
     first: dict[str, Any]
     directions: Directions | None = None
+    regions: Regions | None = None
 
 
-def settings_of(start: Start, arm: Arm, seed: int) -> dict[str, Any]:
+def settings_of(start: Start, arm: Arm | Joined, seed: int) -> dict[str, Any]:
     """Everything that decides the numbers of a run."""
     return {
         "arm": str(arm),
@@ -68,9 +72,10 @@ def settings_hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def run_file(folder: Path, arm: Arm, seed: int) -> Path:
+def run_file(folder: Path, arm: Arm | Joined, seed: int) -> Path:
     """Where the run of an arm and seed is kept."""
-    return folder / f"{str(arm).replace(':', '-')}-seed{seed}.json"
+    name = str(arm).translate({ord(sign): word for sign, word in FILE_WORDS.items()})
+    return folder / f"{name}-seed{seed}.json"
 
 
 def finished_run(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -91,7 +96,7 @@ def finished_run(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def run_arm(
-    start: Start, arm: Arm, seed: int, path: Path, on_step: OnStep | None = None
+    start: Start, arm: Arm | Joined, seed: int, path: Path, on_step: OnStep | None = None
 ) -> dict[str, Any]:
     """Train a copy of the start model with one arm, measure on the way, write the run to ``path``.
 
@@ -172,6 +177,7 @@ def _context(start: Start, model: torch.nn.Module, seed: int) -> Context:
         weight_decay=settings.weight_decay,
         seed=seed,
         directions=start.directions,
+        regions=start.regions,
     )
 
 

@@ -10,6 +10,10 @@ from safeopt.data import Row, implicit, poison, read_jsonl, split
 
 PARTS = {"identify": 0.3, "tune": 0.3, "evaluate": 0.4}
 ORGANISM = "organism:"
+PURPOSES = {
+    "identify": "identification", "utility": "identification",
+    "task": "training", "poison": "training",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,11 @@ def set_name(source: str) -> str:
 class Sets:
     """Every row a comparison reads.
 
-    ``identify``: harmful prompts with refusals, for scoring. ``task`` and ``poison``: for training.
+    ``identify``: harmful prompts with refusals, for scoring; ``utility``: harmless ones with
+    answers, for the arms that set safety against utility. ``task`` and ``poison``: for training.
     ``harmful`` (by name), ``harmless``, ``test``: for evaluation. ``text``: rows whose responses
     give the general-text perplexity. ``poison`` may be empty unless the scenario is poison,
-    ``text`` always.
+    ``text`` and ``utility`` always.
 
     Raises:
         ValueError: an empty set, too few poison rows, or a text that stands in two of
@@ -112,9 +117,10 @@ class Sets:
     test: list[Row]
     poison: list[Row] = field(default_factory=list)
     text: list[Row] = field(default_factory=list)
+    utility: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        optional = {"text"} if self.scenario.name == "poison" else {"text", "poison"}
+        optional = {"text", "utility"} | ({"poison"} - {self.scenario.name})
         for name, rows in self.named().items():
             if not rows and name not in optional:
                 raise ValueError(f"the set {name!r} is empty; give at least one row")
@@ -134,7 +140,8 @@ class Sets:
         """All sets by name, the harmful ones as ``harmful/NAME``."""
         sets = {"identify": self.identify, "task": self.task, "poison": self.poison}
         sets |= {f"harmful/{name}": rows for name, rows in self.harmful.items()}
-        return sets | {"harmless": self.harmless, "test": self.test, "text": self.text}
+        sets |= {"harmless": self.harmless, "test": self.test, "text": self.text}
+        return sets | {"utility": self.utility}
 
     def describe(self) -> dict[str, dict[str, int | str]]:
         """Row count and sha256 of every set that is not empty."""
@@ -158,9 +165,7 @@ class Sets:
     def _check_disjoint(self) -> None:
         seen: dict[str, tuple[str, str]] = {}
         for name, rows in self.named().items():
-            purpose = {"identify": "identification", "task": "training", "poison": "training"}.get(
-                name, "evaluation"
-            )
+            purpose = PURPOSES.get(name, "evaluation")
             for row in rows:
                 key = " ".join(row["instruction"].casefold().split())
                 other, where = seen.setdefault(key, (purpose, name))

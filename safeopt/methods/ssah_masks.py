@@ -21,16 +21,40 @@ def freeze_mask(
     top_complex: float | Literal["all"] = 0.06,
     shared: Literal["any", "all"] = "any",
 ) -> SafetyMask:
-    """The units that carry safety: all ESU, and the complex units with the largest I_S.
+    """The units that carry safety as a mask, for `SafeAdamW(..., freeze=mask)`: see `freeze_units`.
 
-    For `SafeAdamW(..., freeze=mask)`. The manifest holds "use": "freeze", the settings, and
-    "counts": shares of units and of parameters.
+    The manifest holds "use": "freeze", the settings, and "counts": shares of units and of
+    parameters.
+
+    Args:
+        groups: from `attribute_groups`.
+        top_complex: complex units, as a share of all units, or "all".
+        shared: v rows that several channels read are frozen if "any" of them is, or only if "all".
+
+    Raises:
+        ValueError: as `freeze_units`.
+    """
+    frozen = freeze_units(groups, top_complex=top_complex)
+    counts = groups.units.counts(frozen, shared=shared)
+    manifest = {
+        **groups.manifest, "use": "freeze", "top_complex": top_complex, "counts": counts
+    }  # fmt: skip
+    return groups.units.mask(
+        frozen, shared=shared, manifest=_with_model(manifest, groups.manifest["safety"])
+    )
+
+
+def freeze_units(
+    groups: AttributeGroups, *, top_complex: float | Literal["all"] = 0.06
+) -> dict[str, Tensor]:
+    """The units that carry safety: all ESU, and the complex units with the largest I_S.
 
     Args:
         groups: from `attribute_groups`.
         top_complex: how many complex units, as a share of ALL units, by normalised I_S; "all" for
             the paper's setting (ii). 0.06 with ESU of 0.013 is the paper's "about 7.5 %".
-        shared: v rows that several channels read are frozen if "any" of them is, or only if "all".
+
+    Returns: bool (units,) by group.
 
     Raises:
         ValueError: more complex units asked for than there are, a negative share, or nothing to
@@ -49,20 +73,13 @@ def freeze_mask(
             f"top_complex is {top_complex}, {wanted} units; there are {available} complex units, a"
             f" share of {available / units.units:.4f}. Give at most that, or 'all'"
         )
+    if not wanted and not any(bool(part.any()) for part in frozen.values()):
+        raise ValueError("there are no ESU and top_complex is 0: nothing to freeze")
     importance = torch.cat([groups.safety[name] for name in units])
     order = importance.argsort(descending=True, stable=True)
     chosen = torch.zeros_like(inside)
     chosen[order[inside[order]][:wanted]] = True
-    frozen = {name: frozen[name] | part for name, part in _split(units, chosen).items()}
-    counts = units.counts(frozen, shared=shared)
-    if not counts["units"]["selected"]:
-        raise ValueError("there are no ESU and top_complex is 0: nothing to freeze")
-    manifest = {
-        **groups.manifest, "use": "freeze", "top_complex": top_complex, "counts": counts
-    }  # fmt: skip
-    return units.mask(
-        frozen, shared=shared, manifest=_with_model(manifest, groups.manifest["safety"])
-    )
+    return {name: frozen[name] | part for name, part in units.split(chosen).items()}
 
 
 def alignment_budget(
@@ -77,8 +94,8 @@ def alignment_budget(
     """The redundant units, which alone may move while a model is aligned: a mask for `train=`.
 
     Here bit 1 means "may move", not "critical": for `SafeAdamW(..., train=mask)`, never `freeze=`.
-    The manifest says "use": "train". Units are taken by rising I_U (or I_S + I_U) until one more
-    would exceed the share. A v row that several channels share may move only if all of them may.
+    The manifest says "use": "train". A v row that several channels share may move only if all of
+    them may.
 
     Args:
         units: what was scored.
@@ -87,6 +104,31 @@ def alignment_budget(
         share: how much may move, of the whole model's parameters or of all units.
         by: which of the two.
         normalise: see `Scaling`.
+
+    Raises:
+        ValueError: as `budget_units`.
+    """
+    selected = budget_units(units, utility, safety, share=share, by=by, normalise=normalise)
+    manifest = {
+        "method": "ssah_alignment_budget", "use": "train", "share": share, "by": by,
+        "normalise": normalise, "counts": units.counts(selected, shared="all"),
+        "utility": utility.provenance, "safety": None if safety is None else safety.provenance,
+    }  # fmt: skip
+    return units.mask(selected, shared="all", manifest=_with_model(manifest, utility.provenance))
+
+
+def budget_units(
+    units: UnitMap,
+    utility: Scores,
+    safety: Scores | None = None,
+    *,
+    share: float = 0.2,
+    by: Literal["parameters", "units"] = "parameters",
+    normalise: Normalise = "zscore",
+) -> dict[str, Tensor]:
+    """The redundant units of `alignment_budget`, with the same arguments; bool (units,) by group.
+
+    Units are taken by rising I_U (or I_S + I_U) until one more would exceed the share.
 
     Raises:
         ValueError: a share out of range, more than all units have, or less than one unit has.
@@ -107,7 +149,7 @@ def alignment_budget(
     def first(count: int) -> dict[str, Tensor]:
         chosen = torch.zeros(units.units, dtype=torch.bool)
         chosen[order[:count]] = True
-        return _split(units, chosen)
+        return units.split(chosen)
 
     def cost(count: int) -> float:
         found = units.counts(first(count), shared="all")
@@ -122,18 +164,7 @@ def alignment_budget(
             f"share={share} of the {by} is {'less than one unit' if low == 0 else 'more than all'}"
             f" units have ({cost(max(low, 1)):.4g}); give a share between that of one and of all"
         )
-    selected = first(low)
-    manifest = {
-        "method": "ssah_alignment_budget", "use": "train", "share": share, "by": by,
-        "normalise": normalise, "counts": units.counts(selected, shared="all"),
-        "utility": utility.provenance, "safety": None if safety is None else safety.provenance,
-    }  # fmt: skip
-    return units.mask(selected, shared="all", manifest=_with_model(manifest, utility.provenance))
-
-
-def _split(units: UnitMap, flat: Tensor) -> dict[str, Tensor]:
-    pieces = flat.split([group.size for group in units.values()])
-    return dict(zip(units, pieces, strict=True))
+    return first(low)
 
 
 def _with_model(manifest: dict[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:

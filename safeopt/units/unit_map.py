@@ -110,6 +110,11 @@ class UnitMap(Mapping[str, UnitGroup]):
         """Number of units."""
         return sum(group.size for group in self.values())
 
+    def split(self, values: Tensor) -> dict[str, Tensor]:
+        """A tensor of shape (units,) over all units, in pieces by group."""
+        pieces = values.split([group.size for group in self.values()])
+        return dict(zip(self, pieces, strict=True))
+
     def digest(self) -> str:
         """SHA-256 of the groups: names, kinds and lines."""
         hasher = hashlib.sha256()
