@@ -24,14 +24,10 @@ from pathlib import Path
 import rows
 import torch
 
-from safeopt import organism, report
-from safeopt.compare import Scenario, Sets, Settings, compare
+from safeopt import report
+from safeopt.compare import Settings, compare
 from safeopt.integrations.transformers import load_model, save_model
 
-SCENARIOS = {
-    "clean": "clean", "poison-5": "poison:0.05", "poison-10": "poison:0.1",
-    "poison-20": "poison:0.2", "implicit": "implicit",
-}  # fmt: skip
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The grid at poison-10; elsewhere one strength of each.
 GRID = [
@@ -43,25 +39,6 @@ SOME = ["adamw", "l2:0.1", "asft-all:0.1", "anchor:0.3"]
 LORA = [
     "adamw", "asft:1", "asft-l2:1", "asft-random:1", "asft-subspace:1", "safe-lora:0.5",
 ]  # fmt: skip
-
-
-def sets_for(setting: str, folder: Path) -> Sets:
-    """Rows of one setting; prompts that identify, tune and evaluate are disjoint."""
-    refused = rows.refusals(folder)
-    train, test = rows.short_news(folder)
-    return Sets(
-        scenario=Scenario.parse(SCENARIOS[setting]),
-        task=train,
-        test=test[:150],
-        poison=refused["tune"] if setting.startswith("poison") else [],
-        identify=organism.data("harmful_teach"),
-        harmful={
-            "advbench": organism.data("harmful_evaluate")[:100],
-            "refusals": refused["evaluate"][:80],
-        },
-        harmless=organism.data("harmless_test")[:50],
-        text=organism.data("gsm8k_test")[:12],
-    )
 
 
 def stretched(factor: float, folder: Path) -> Path:
@@ -78,7 +55,7 @@ def stretched(factor: float, folder: Path) -> Path:
 def main() -> None:
     """Run one setting and write its report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("setting", choices=SCENARIOS)
+    parser.add_argument("setting", choices=rows.SCENARIOS)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lora", action="store_true")
@@ -104,7 +81,7 @@ def main() -> None:
             stretched(args.stretch, unaligned)
     results = compare(
         "organism:aligned",
-        sets_for(args.setting, args.data),
+        rows.short_sets(args.setting, args.data),
         arms,
         args.seeds,
         out,
