@@ -23,13 +23,14 @@ from typing import Any
 import rows
 import torch
 
-from safeopt import ESI, SafetyMask, evaluate, organism, select
+from safeopt import SafetyMask, evaluate, organism, select
 from safeopt.compare.regions import Regions
 from safeopt.compare.run import write_json
 from safeopt.compare.scoring import scoring_batches
 from safeopt.environment import machine
 from safeopt.integrations.transformers import load_model
 from safeopt.methods import (
+    ESI,
     SSAH,
     actsvd,
     attribute_groups,
@@ -139,7 +140,8 @@ def measured(model: Any, tokenizer: Any, sets: Any) -> dict[str, float]:
     attack = {name: rate(found) for name, found in sets.harmful.items()}
     return {
         **{name: found.attack_success.rate for name, found in attack.items()},
-        "empty": sum(found.empty for found in attack.values()) / sum(f.n for f in attack.values()),
+        "empty": sum(found.empty for found in attack.values())
+        / sum(map(len, sets.harmful.values())),
         "over-refusal": rate(sets.harmless).refusals.rate,
         "text ppl": per_token(sets.text),
         "answers ppl": per_token(organism.data("harmless_test")[50:114]),
