@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,6 +140,36 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         a.contiguous().view(torch.uint8).flatten() if a.dim() else a.reshape(1).view(torch.uint8),
         b.contiguous().view(torch.uint8).flatten() if b.dim() else b.reshape(1).view(torch.uint8),
     )
+
+
+def assert_resumes(
+    script: str, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
+) -> None:
+    """Law 8: after three steps, four more in a new process give the same bits as four more here.
+
+    The script reads model.pt and optimizer.pt from the folder and writes resumed.pt. Both processes
+    have one thread, or torch would give each of several a part of a vector of over 2,048 elements.
+    """
+    torch.save(model.state_dict(), folder / "model.pt")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    threads = torch.get_num_threads()
+    subprocess.run(
+        [sys.executable, "-c", f"import torch\ntorch.set_num_threads(1)\n{script}"],
+        check=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    again, copied = copy.deepcopy((model, optimizer))
+    try:
+        torch.set_num_threads(1)
+        advance(model, optimizer, range(3, 7))
+        advance(again, copied, range(3, 7))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(again, model)
+    resumed = torch.load(folder / "resumed.pt", weights_only=True)
+    for name, value in model.state_dict().items():
+        off = (resumed[name].double() - value.double()).abs()
+        report = f"{name}: {int((off > 0).sum())} elements differ, by {off.max()} at most"
+        assert same_bits(resumed[name], value), report
 
 
 def rounding(dtype: torch.dtype, fused: bool = False) -> tuple[float, float]:

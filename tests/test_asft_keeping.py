@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import HYPER, STEPS, Bag, advance, assert_same, run, same_bits, set_grads
+from helpers import HYPER, STEPS, Bag, assert_resumes, assert_same, run, set_grads
 from test_asft import direction, modes, moved
 from torch import nn
 
@@ -20,7 +18,7 @@ from safeopt import AsFTAdamW
 RESUME = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-from helpers import HYPER, Bag, advance
+from helpers import HYPER, Bag, assert_resumes, advance
 from safeopt import AlignmentDirection, AsFTAdamW
 folder = {folder!r}
 model = Bag()  # not the values it was started from
@@ -44,18 +42,8 @@ def test_law_8_save_load_in_a_new_process_continue_equals_never_having_stopped(
     made.save(tmp_path / "direction.safetensors")
     pull = {"direction": made, "lam": 3.0, "mode": "decoupled", "anchor_values": values}
     model, optimizer = run(Bag(), lambda p: AsFTAdamW(p, **HYPER, **pull), steps=3)
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    tests = str(Path(__file__).parent)
-    script = RESUME.format(tests=tests, folder=str(tmp_path), values=values)
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(tests).parent)
-    again, copied = copy.deepcopy((model, optimizer))
-    advance(model, optimizer, range(3, 7))
-    advance(again, copied, range(3, 7))
-    assert_same(again, model)
-    resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
-    for name, value in model.state_dict().items():
-        assert same_bits(resumed[name], value), name
+    script = RESUME.format(tests=str(Path(__file__).parent), folder=str(tmp_path), values=values)
+    assert_resumes(script, model, optimizer, tmp_path)
 
 
 def test_another_direction_is_refused_on_load_and_a_plain_run_goes_on() -> None:
