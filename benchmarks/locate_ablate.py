@@ -5,8 +5,8 @@
 DATA as for benchmarks/asft.py. Each seed draws 128 harmful prompts with refusals and 128 harmless
 ones with answers, on which every method finds its regions; the prompts that evaluate are others.
 A random region is as large in every tensor, or of as many units in every group. Writes
-ablation.json (resumable by seed), ablation.md and the overlap of the regions between seeds and
-methods, overlap.md and overlap.png.
+ablation.json (resumable by seed), ablation.md, overlap.md (the overlap of a method's regions between
+seeds) and overlap.png (that of all methods, in the first seed).
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ from safeopt.integrations.transformers import load_model
 from safeopt.methods import (
     ESI,
     SSAH,
+    LowRankEdit,
     actsvd,
     attribute_groups,
     channel_means,
     layer_mask,
+    output_spaces,
     prune,
+    safety_edit,
     set_difference,
 )
+from safeopt.methods.actsvd import OutputSpace
 from safeopt.methods.ssah_groups import PRESETS
-from safeopt.report.masks import stability_figure, stability_table
+from safeopt.report.masks import stability_figure
 from safeopt.scores import Scores, score
 from safeopt.units import Selection
 
@@ -118,6 +122,16 @@ class Finder:
                 lambda edit=edit: edit.taken_out(self.model),
             )
 
+    def drawn(self, ours: int, theirs: int) -> LowRankEdit:
+        """The edit of as many random directions, with the same ones spared."""
+        generator = torch.Generator().manual_seed(self.seed)
+        spared = output_spaces(self.model, self.batches[1], max(theirs, 1))
+        spaces = {}
+        for name, space in spared.items():
+            U = torch.linalg.qr(torch.randn(len(space.U), ours, generator=generator)).Q
+            spaces[name] = OutputSpace(U, torch.ones(ours))
+        return safety_edit(self.model, spaces, spared if theirs else None)
+
     def elsewhere(self, chosen: Selection) -> Selection:
         """In each group as many units, drawn."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -188,12 +202,12 @@ def main() -> None:
         for first in range(5):
             with prune(model, layer_mask(model, (first, first + 1))):
                 look(f"layers {first}-{first + 1}", None)
-    masks = {}
+    masks: dict[str, dict[int, SafetyMask]] = {}
     for seed in args.seeds:
         finder = Finder(model, tokenizer, seed)
-        masks |= {f"{name}, seed {seed}": mask for name, mask in finder.masks().items()}
         units = {name: finder.regions.units.mask(chosen) for name, chosen in finder.units().items()}
-        masks |= {f"{name}, seed {seed}": mask for name, mask in units.items()}
+        for name, mask in {**finder.masks(), **units}.items():
+            masks.setdefault(name, {})[seed] = mask
         if any(row["seed"] == seed for row in found):
             continue
         for region, removed in finder.all():
@@ -202,9 +216,23 @@ def main() -> None:
         write_json(path, {"machine": machine("cpu"), "rows": found})
     command = f"    python benchmarks/locate_ablate.py --data DATA --out OUT --seeds {args.seeds}"
     (args.out / "ablation.md").write_text(f"{command}\n\n{table(found)}\n", "utf-8")
-    overlap = evaluate.stability(masks)
-    (args.out / "overlap.md").write_text(stability_table(overlap) + "\n", "utf-8")
-    stability_figure(overlap, args.out / "overlap.png")
+    first = {name: found[args.seeds[0]] for name, found in masks.items()}
+    stability_figure(evaluate.stability(first), args.out / "overlap.png")
+    (args.out / "overlap.md").write_text(overlap(masks) + "\n", "utf-8")
+
+
+def overlap(masks: dict[str, dict[int, SafetyMask]]) -> str:
+    """A row a method: the IoU of its regions in every two seeds, and of random ones as large."""
+    header = ["region", "weights", "IoU between seeds, mean [lowest, highest]"]
+    lines = [[*header, "random, same per tensor"], ["---", *["---:"] * 3]]
+    for name, seeds in masks.items():
+        found = evaluate.stability({str(seed): mask for seed, mask in seeds.items()})
+        ious = [pair["iou"] for pair in found["pairs"]]
+        weights = f"{mean(found['selected'].values()):,.0f}"
+        spread = f"{mean(ious):.2f} [{min(ious):.2f}, {max(ious):.2f}]"
+        by_chance = mean(pair["random_in_tensor"] for pair in found["pairs"])
+        lines.append([name, weights, spread, f"{by_chance:.3f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from safeopt import AsFTAdamW
 RESUME = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-from helpers import HYPER, Bag, assert_resumes, advance
+from helpers import HYPER, Bag, advance
 from safeopt import AlignmentDirection, AsFTAdamW
 folder = {folder!r}
 model = Bag()  # not the values it was started from
