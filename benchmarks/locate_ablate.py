@@ -5,8 +5,8 @@
 DATA as for benchmarks/asft.py. Each seed draws 128 harmful prompts with refusals and 128 harmless
 ones with answers, on which every method finds its regions; the prompts that evaluate are others.
 A random region is as large in every tensor, or of as many units in every group. Writes
-ablation.json (resumable by seed), ablation.md, overlap.md (the overlap of a method's regions between
-seeds) and overlap.png (that of all methods, in the first seed).
+ablation.json (resumable by seed), ablation.md, overlap.md (how far a method's regions agree between
+seeds) and overlap.png (all methods, in the first seed).
 """
 
 from __future__ import annotations
