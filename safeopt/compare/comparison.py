@@ -132,6 +132,7 @@ def _start(
             scoring_batches(tokenizer, rows, "refusal_nll", **sized)
             for rows in (sets.identify, sets.utility)
         ),
+        progress=progress,
     )
     return Start(
         model=loaded,

@@ -24,12 +24,18 @@ class Regions:
         model: the model before training; never changed.
         safety: batches of harmful prompts with refusals.
         utility: batches of harmless prompts with answers.
+        progress: show a bar on stderr while scores are made.
     """
 
     def __init__(
-        self, model: torch.nn.Module, safety: Sequence[Batch], utility: Sequence[Batch]
+        self,
+        model: torch.nn.Module,
+        safety: Sequence[Batch],
+        utility: Sequence[Batch],
+        *,
+        progress: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self._progress = model, progress
         self._batches = {"safety": safety, "utility": utility}
         self.scores: Callable[[str, str], Scores] = cache(self._scores)
 
@@ -42,4 +48,4 @@ class Regions:
         made: dict[str, Callable[[], Any]] = {
             "snip": SNIP, "wanda": Wanda, "ssah": lambda: SSAH(units=self.units)
         }  # fmt: skip
-        return score(self.model, self._batches[rows], made[finder](), progress=False)
+        return score(self.model, self._batches[rows], made[finder](), progress=self._progress)
