@@ -53,7 +53,7 @@ def freeze_mask(
     order = importance.argsort(descending=True, stable=True)
     chosen = torch.zeros_like(inside)
     chosen[order[inside[order]][:wanted]] = True
-    frozen = {name: frozen[name] | part for name, part in _split(units, chosen).items()}
+    frozen = {name: frozen[name] | part for name, part in units.split(chosen).items()}
     counts = units.counts(frozen, shared=shared)
     if not counts["units"]["selected"]:
         raise ValueError("there are no ESU and top_complex is 0: nothing to freeze")
@@ -107,7 +107,7 @@ def alignment_budget(
     def first(count: int) -> dict[str, Tensor]:
         chosen = torch.zeros(units.units, dtype=torch.bool)
         chosen[order[:count]] = True
-        return _split(units, chosen)
+        return units.split(chosen)
 
     def cost(count: int) -> float:
         found = units.counts(first(count), shared="all")
@@ -129,11 +129,6 @@ def alignment_budget(
         "utility": utility.provenance, "safety": None if safety is None else safety.provenance,
     }  # fmt: skip
     return units.mask(selected, shared="all", manifest=_with_model(manifest, utility.provenance))
-
-
-def _split(units: UnitMap, flat: Tensor) -> dict[str, Tensor]:
-    pieces = flat.split([group.size for group in units.values()])
-    return dict(zip(units, pieces, strict=True))
 
 
 def _with_model(manifest: dict[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:

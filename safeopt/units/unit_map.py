@@ -179,6 +179,11 @@ class UnitMap(Mapping[str, UnitGroup]):
             "parameters": {**weights, "share_of_model": weights["selected"] / whole},
         }
 
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """A tensor of shape (units,), all groups in a row, cut into one by group."""
+        pieces = flat.split([group.size for group in self.values()])
+        return dict(zip(self, pieces, strict=True))
+
     def check(self, selected: Selection) -> None:
         """ValueError, naming the group, unless `selected` is a selection of these units."""
         for name, units in selected.items():
