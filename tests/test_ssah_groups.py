@@ -259,18 +259,26 @@ def test_scores_that_do_not_belong_together_are_named(model, units, scored):
     safety, utility = scored
     with pytest.raises(ValueError, match="come from the same prompts"):
         attribute_groups(units, safety, safety, RATIOS)
+    with pytest.raises(ValueError, match="come from the same prompts"):
+        alignment_budget(units, safety, safety)
     full = score(model, [batch(seed=2)], SSAH(units=units, tokens="all"), progress=False)
     with pytest.raises(ValueError, match="differ in 'arguments'"):
         attribute_groups(units, safety, full, RATIOS)
+    with pytest.raises(ValueError, match="differ in 'arguments'"):
+        alignment_budget(units, full, safety)
     other = Scores(dict(utility), {**utility.provenance, "model": {"weights": "0"}})
     with pytest.raises(ValueError, match="differ in 'model'"):
         attribute_groups(units, safety, other, RATIOS)
+    with pytest.raises(ValueError, match="differ in 'model'"):
+        alignment_budget(units, other, safety)
     heads = UnitMap.of(model, attention="head")
     with pytest.raises(ValueError, match="is not of the units"):
         attribute_groups(heads, safety, utility, RATIOS)
     less = Scores(dict(list(utility.items())[1:]))
     with pytest.raises(ValueError, match="is not of the units"):
         attribute_groups(units, safety, less, RATIOS)
+    with pytest.raises(ValueError, match="is not of the units"):
+        alignment_budget(units, less)
     grouped = attribute_groups(units, safety, utility, RATIOS)
     rows = score(model, [batch(seed=9)], SSAH(units=units), progress=False)
     with pytest.raises(ValueError, match=r"utility scores differ .* in 'prompts'"):

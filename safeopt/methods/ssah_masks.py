@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from safeopt.mask import SafetyMask
-from safeopt.methods.ssah_groups import AttributeGroups
+from safeopt.methods.ssah_groups import AttributeGroups, require_comparable, require_units
 from safeopt.methods.unit_scaling import Normalise, Scaling
 from safeopt.scores import Scores
 from safeopt.units import UnitMap
@@ -89,7 +89,8 @@ def alignment_budget(
         normalise: see `Scaling`.
 
     Raises:
-        ValueError: a share out of range, more than all units have, or less than one unit has.
+        ValueError: a share out of range, more than all units have, or less than one unit has;
+            scores of other units, or that `attribute_groups` would not take together.
 
     Source: arXiv 2410.10862, alignment budget: 20 % of the parameters. Lowest I_U on a base model
     is our reading of its figure 6.
@@ -99,6 +100,10 @@ def alignment_budget(
             f"share={share}, by={by!r}: share must be above 0 and at most 1, by 'parameters' or"
             " 'units'"
         )
+    if safety is None:
+        require_units(units, utility)
+    else:
+        require_comparable(units, safety, utility)
     every = [scores for scores in (utility, safety) if scores is not None]
     scaled = [Scaling(units, scores, normalise)(scores) for scores in every]
     rows = [torch.cat([values[name] for name in units]) for values in scaled]
