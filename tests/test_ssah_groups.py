@@ -11,7 +11,6 @@ from safeopt.methods.ssah_groups import ATTRIBUTES, PRESETS, attribute_groups, t
 from safeopt.methods.ssah_masks import alignment_budget, freeze_mask
 from safeopt.methods.unit_scaling import Scaling
 from safeopt.optim import SafeAdamW
-from safeopt.report.transitions import transition_figure
 from safeopt.scores import Scores, score
 from safeopt.units import UnitMap
 
@@ -238,21 +237,6 @@ def test_transitions_hold_the_cutoffs_of_the_first(units, scored):
     assert sum(map(sum, wanted)) == units.units
     assert sum(wanted[i][i] for i in range(4)) < units.units
     assert found["shares"][3][3] == wanted[3][3] / units.units
-
-
-def test_the_figure_of_transitions(units, scored, tmp_path):
-    pytest.importorskip("matplotlib")
-    from matplotlib import image
-
-    before = attribute_groups(units, *scored, RATIOS)
-    path = tmp_path / "new" / "flow.png"
-    transition_figure(transitions(before, before.relabel(*scored)), path)
-    stay = image.imread(path)
-    other = transitions(before, before.relabel(*scored))
-    other["shares"] = [row[::-1] for row in other["shares"]]
-    transition_figure(other, path)
-    assert stay.shape == image.imread(path).shape and stay.min() < 0.3
-    assert (stay != image.imread(path)).any()
 
 
 def test_scores_that_do_not_belong_together_are_named(model, units, scored):

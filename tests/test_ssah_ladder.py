@@ -1,4 +1,4 @@
-"""The ladder of shares against what its parts give, its cache, its table and its figure."""
+"""The ladder of shares against what its parts give, and its cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from test_ablation import bits, logits, same
 from unit_cases import batch, make
 
-from safeopt import data, evaluate, organism, report
+from safeopt import data, evaluate, organism
 from safeopt.evaluate.ablation import ablated
 from safeopt.methods import SSAH, attribute_groups, channel_means, scan
 from safeopt.scores import Scores, score
@@ -230,63 +230,3 @@ def test_on_the_organism_safety_units_carry_refusals_and_utility_units_the_text(
     assert row["measures"]["perplexity"] > 2 * start["perplexity"]
     assert row["control"]["measures"]["attack"] < 0.1
     assert row["control"]["measures"]["perplexity"] < 1.15 * start["perplexity"]
-
-
-def ladder_rows():
-    """Two measures, of which one is not finite once."""
-
-    def row(share, units, attack, size, control):
-        counts = {"selected": units, "total": 1000, "share": units / 1000}
-        return {
-            "attribute": "ESU", "share": share, "units": counts,
-            "parameters": {**counts, "selected": 40 * units, "share_of_model": 0.1},
-            "measures": {"attack": attack, "ppl": size}, "control": control,
-        }  # fmt: skip
-
-    def control(attack, size):
-        return {"seed": 7, "parameters": {}, "measures": {"attack": attack, "ppl": size}}
-
-    return [
-        row(0.0, 0, 0.0, 6.5, None),
-        row(0.1, 100, 0.75, None, control(0.125, 9.0)),
-        row(0.01, 10, 0.25, 7.0, control(0.0, 6.25)),
-    ]
-
-
-def test_the_table():
-    assert report.ladder_table(ladder_rows()).splitlines() == [
-        "| without | units | parameters | attack | attack, random | ppl | ppl, random |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| (nothing) | 0 | 0 | 0 | - | 6.5 | - |",
-        "| ESU 10 % | 100 | 4,000 | 0.75 | 0.125 | not finite | 9 |",
-        "| ESU 1 % | 10 | 400 | 0.25 | 0 | 7 | 6.25 |",
-    ]
-    with pytest.raises(ValueError, match="rows is empty"):
-        report.ladder_table([])
-
-
-def test_the_figure_draws_every_measure(tmp_path, monkeypatch):
-    """Read back from what matplotlib was told: shares in per cent, both curves, the intact line."""
-    figure = pytest.importorskip("matplotlib.figure")
-    made, subplots = [], figure.Figure.subplots
-
-    def kept(self, *args, **options):
-        made.append(subplots(self, *args, **options))
-        return made[-1]
-
-    monkeypatch.setattr(figure.Figure, "subplots", kept)
-    path = tmp_path / "ladder.png"
-    report.ladder_figure(ladder_rows(), path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    wanted = {"attack": ([0.75, 0.25], [0.125, 0.0], 0.0), "ppl": ([None, 7.0], [9.0, 6.25], 6.5)}
-    for axes, (name, (ours, random, intact)) in zip(made[0][:, 0], wanted.items(), strict=True):
-        lines = {line.get_label(): line for line in axes.get_lines()}
-        assert list(lines) == ["without ESU", "without random units (seed 7)", "intact"]
-        assert axes.get_ylabel() == name
-        for label, values in zip(lines, (ours, random), strict=False):
-            assert list(lines[label].get_xdata()) == [10.0, 1.0]
-            drawn = [None if y != y else y for y in lines[label].get_ydata()]
-            assert drawn == values
-        assert set(lines["intact"].get_ydata()) == {intact}
-    with pytest.raises(ValueError, match="the intact model alone"):
-        report.ladder_figure(ladder_rows()[:1], path)
