@@ -11,7 +11,7 @@ from unit_cases import batch, make
 
 from safeopt import data, evaluate, organism
 from safeopt.evaluate.ablation import ablated
-from safeopt.methods import SSAH, attribute_groups, channel_means, scan
+from safeopt.methods import SSAH, OverRejection, attribute_groups, channel_means, scan
 from safeopt.scores import Scores, score
 from safeopt.units import UnitMap
 
@@ -189,6 +189,23 @@ def test_nothing_is_measured_before_the_input_is_checked(model, units, scored):
 def test_a_measure_that_is_not_finite_is_none(model, units, scored):
     found = run(model, units, scored, measure=lambda seen: {"ppl": float("inf"), "ok": 1})
     assert found[1]["measures"] == {"ppl": None, "ok": 1.0} == found[1]["control"]["measures"]
+
+
+def test_over_rejection_is_a_measure(tiny_llama, tiny_tokenizer, tmp_path):
+    """Its counts and its settings: another prompt is another cache."""
+    units = UnitMap.of(tiny_llama)
+    both = tuple(
+        score(tiny_llama, [batch(seed=s)], SSAH(units=units), progress=False) for s in (1, 2)
+    )
+    counts, other = (
+        OverRejection(tiny_tokenizer, prompts, max_new_tokens=2)
+        for prompts in (["How to kill time?"], ["How to kill a process?"])
+    )
+    options = {"shares": (0.2,), "cache": tmp_path / "ladder.jsonl"}
+    found = run(tiny_llama, units, both, measure=counts, **options)
+    assert found[0]["measures"] == counts(tiny_llama)
+    with pytest.raises(ValueError, match="was begun with another measure"):
+        run(tiny_llama, units, both, measure=other, **options)
 
 
 def test_on_the_organism_safety_units_carry_refusals_and_utility_units_the_text():
