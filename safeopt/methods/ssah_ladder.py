@@ -48,8 +48,9 @@ def scan(
 
     The curve from which the paper reads its ratios: it keeps the one where removing the group hurts
     what the group is for and little else. No rule is published, so nothing is chosen here. Beside
-    every selection stands a control, as many random units of the whole model; all controls are the
-    beginning of one random order, so a smaller one lies within every larger one.
+    every selection stands a control, as many random units of the whole model (some of the selection
+    among them); all controls are the beginning of one random order, so a smaller one lies within
+    every larger one.
 
     The model is as before afterwards, bit for bit, also after an error or Ctrl-C.
 
@@ -76,8 +77,9 @@ def scan(
 
     Returns:
         JSON values. The intact model first, with share 0 and control None, then a row a share:
-        "attribute"; "share"; "units" and "parameters" as of `UnitMap.counts`; "measures", None for
-        one that is not finite; "control", with "seed", "parameters" and "measures".
+        "attribute"; "share"; "units" and "parameters" as of `UnitMap.counts`, shared rows only
+        where all their units are out; "measures", None for one that is not finite; "control", with
+        "seed", "parameters" and "measures".
 
     Raises:
         ValueError: shares that do not fall or give no unit; an attribute that is not named in
