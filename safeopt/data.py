@@ -17,6 +17,9 @@ import torch
 Row: TypeAlias = dict[str, str]
 """One example: `instruction`, and `response` where there is one."""
 
+Prompts: TypeAlias = Sequence[Row] | Sequence[str]
+"""Rows, of which the instruction counts, or prompts themselves."""
+
 Batch: TypeAlias = dict[str, Any]
 """`input_ids`, `attention_mask`, `labels`: int64, (rows, tokens); `texts` from batches()."""
 
@@ -154,8 +157,11 @@ def part(text: str, salt: str = "") -> float:
 
     Another salt gives a split that is independent of the first.
     """
-    words = " ".join(text.casefold().split())
-    return int(hashlib.sha256(f"{salt}\0{words}".encode()).hexdigest()[:13], 16) / 16**13
+    return int(hashlib.sha256(f"{salt}\0{_words(text)}".encode()).hexdigest()[:13], 16) / 16**13
+
+
+def _words(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def split(rows: Sequence[Row], shares: Mapping[str, float], salt: str = "") -> dict[str, list[Row]]:
@@ -175,6 +181,47 @@ def split(rows: Sequence[Row], shares: Mapping[str, float], salt: str = "") -> d
         if not found:
             raise ValueError(f"part {name!r} got none of the {len(rows)} rows: give more rows")
     return result
+
+
+def require_disjoint(sets: Mapping[str, Prompts | Mapping[str, Prompts]]) -> None:
+    """Raise ValueError, naming the prompt, if one stands under two purposes.
+
+        require_disjoint({"identification": refusals, "evaluation": {"harmful": a, "test": b}})
+
+    Args:
+        sets: by purpose, such as "identification", "training", "evaluation": rows or prompts, or
+            several sets of them by name. Sets of one purpose may share prompts. Case and white
+            space do not count, as in `split`.
+
+    Raises:
+        ValueError: a prompt under two purposes; a purpose without prompts; fewer than two purposes.
+    """
+    if len(sets) < 2:
+        raise ValueError(
+            f"sets names {list(sets)}; give at least two purposes, such as identification and"
+            " evaluation"
+        )
+    seen: dict[str, tuple[str, str]] = {}
+    shared: dict[str, str] = {}
+    for purpose, held in sets.items():
+        named = held if isinstance(held, Mapping) else {purpose: held}
+        if not any(len(prompts) for prompts in named.values()):
+            raise ValueError(f"{purpose} holds no prompts; give at least one, or leave it out")
+        for name, prompts in named.items():
+            place = repr(name) if name == purpose else f"{name!r} ({purpose})"
+            for prompt in prompts:
+                text = prompt if isinstance(prompt, str) else prompt["instruction"]
+                other, where = seen.setdefault(_words(text), (purpose, place))
+                if other != purpose:
+                    shared.setdefault(_words(text), f"{text!r} stands in {where} and in {place}")
+    if shared:
+        *most, last = sets
+        raise ValueError(
+            f"{next(iter(shared.values()))}; prompts for {', '.join(most)} and {last} must be"
+            f" disjoint, and {len(shared)} are not: take them out of one, or cut one file into"
+            " parts with safeopt.data.split, which in commands is FILE@identify, FILE@tune,"
+            " FILE@evaluate"
+        )
 
 
 _OPENING = re.compile(

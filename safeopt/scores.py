@@ -242,6 +242,8 @@ def texts(batch: Batch) -> list[str]:
             f"a batch is {type(batch).__name__!r} without 'input_ids'; make batches with"
             " safeopt.data.batches(tokenizer, rows, batch_size)"
         )
+    if not len(batch["input_ids"]):
+        raise ValueError("a batch holds no prompt; leave empty batches out")
     if "texts" in batch:
         return [str(text) for text in batch["texts"]]
     return [f"token ids {row}" for row in batch["input_ids"].tolist()]

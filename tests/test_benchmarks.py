@@ -194,3 +194,28 @@ def test_brief_reads_each_arm_at_each_level() -> None:
     assert adamw.startswith("| adamw | 80 | 95 | 95 |")
     assert adamw.endswith("| 15: 80, 80 | 10: 60, 60 |")
     assert spa.endswith("| not reached | 10: 5, 5 |")
+
+
+def test_the_speed_of_locating_is_printed_for_every_method(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On tiny models; what is held is two vectors for each channel, or a number for each weight."""
+    pytest.importorskip("transformers")
+    import locate_speed
+
+    sizes = "--hidden 32 --layers 2 --vocab 60 --rows 4 --batch 2 --tokens 24 --rounds 3"
+    sizes += f" --experts 3 --threads {torch.get_num_threads()}"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/locate_speed.py", *sizes.split()])
+    locate_speed.main()
+    out = capsys.readouterr().out
+    assert f"`python benchmarks/locate_speed.py {sizes}`" in out and "somewhere" not in out
+    assert "LlamaForCausalLM" in out and "MixtralForCausalLM" in out
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    found = {(row[0].removeprefix("| "), row[2]): row for row in rows[: len(rows) // 2]}
+    compared = {(name.partition(",")[0], to) for name, to in locate_speed.AGAINST.items()}
+    assert {(name.partition(",")[0], to) for name, to in found} >= compared
+    channels, weights = 2 * (85 + 32), 2 * (3 * 32 * 85 + 2 * 32 * 32 + 2 * 16 * 32)
+    held = {name: float(row[4]) for (name, _), row in found.items() if row[4][:1].isdigit()}
+    assert held["ESI"] == pytest.approx(4 * weights / 1e6, rel=0.05)
+    assert held["SSAH"] == pytest.approx(2 * 8 * channels / 1e6, rel=0.1)
+    assert held["hidden states"] == 0

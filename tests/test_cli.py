@@ -63,7 +63,9 @@ def test_the_whole_way(rows: Path, tiny_folder: Path, capsys: pytest.CaptureFixt
         *("evaluate", "tuned/model", "--harmful", "harmful.jsonl", "other=test.jsonl"),
         *("--harmless", "harmless.jsonl", "--task", "test.jsonl", "--text", "task.jsonl"),
         *("--reference", tiny_folder, "--mask", "m.st", "--max-new-tokens", 3),
+        *("--identified-on", "refusals.jsonl"),
     )
+    assert measured["identified_on"] == ["refusals.jsonl"]
     assert set(measured["attack"]) == {"harmful", "other"}
     assert measured["drift"]["critical"]["moved"] == 0
     assert measured["drift"]["critical"]["numel"] == selected
@@ -146,6 +148,19 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(
         ("evaluate {m}", "nothing to evaluate"),
         ("evaluate {m} --harmless harmless.jsonl --mask x", "--reference"),
         ("evaluate {m} --harmful task.jsonl task.jsonl", "two harmful sets are named 'task'"),
+        (
+            "evaluate {m} --task task.jsonl --harmful harmful.jsonl refusals.jsonl"
+            " --identified-on test.jsonl refusals.jsonl",
+            "'refusals number 0' stands in 'refusals.jsonl' (identification) and in"
+            " 'harmful/refusals' (evaluation)",
+        ),
+        ("evaluate {m} --task task.jsonl --identified-on task.jsonl", "in 'task' (evaluation)"),
+        ("evaluate {m} --text task.jsonl --identified-on task.jsonl", "in 'text' (evaluation)"),
+        (
+            "evaluate {m} --harmless harmless.jsonl --identified-on harmless.jsonl",
+            "in 'harmless' (evaluation)",
+        ),
+        ("evaluate {m} --reference {m} --identified-on task.jsonl", "and there are none"),
         ("compare {m} {sets} --arms spa:0.1 --out x", "lack adamw"),
         ("compare {m} {sets} --arms adamw spy:0.1 --out x", "did you mean spa"),
         ("compare {m} {sets} --arms adamw --scenario poison:0.1 --out x", "'poison' is empty"),

@@ -18,6 +18,7 @@ from safeopt.data import (
     part,
     poison,
     read_jsonl,
+    require_disjoint,
     split,
     sure_answer,
 )
@@ -206,6 +207,50 @@ def test_split_refuses_shares_that_do_not_sum_to_one(shares):
 def test_split_refuses_an_empty_part():
     with pytest.raises(ValueError, match="got none of the 1 rows"):
         split(rows_of(1), {"a": 0.5, "b": 0.5})
+
+
+def test_disjoint_sets_pass_whatever_they_share_within_a_purpose():
+    """Rows and prompts alike; an empty set beside a full one is no empty purpose."""
+    rows = rows_of(6)
+    require_disjoint(
+        {"identification": rows[:3], "evaluation": [r["instruction"] for r in rows[3:]]}
+    )
+    require_disjoint(
+        {
+            "training": {"task": rows[:2], "more": rows[:2], "none": []},
+            "evaluation": {"a": rows[2:]},
+        }
+    )
+    cut = split(rows_of(60), {"identify": 0.3, "tune": 0.3, "evaluate": 0.4})
+    require_disjoint(cut)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (
+            {"identification": rows_of(3), "evaluation": rows_of(9)[2:]},
+            "'Name colour number 2' stands in 'identification' and in 'evaluation'; prompts for"
+            " identification and evaluation must be disjoint, and 1 are not",
+        ),
+        (
+            {
+                "identification": {"identify": rows_of(2)},
+                "training": {"task": [{"instruction": "Other"}]},
+                "evaluation": {"harmful": [], "test": ["new", " NAME  colour\nnumber 1", "other"]},
+            },
+            r"' NAME  colour\\nnumber 1' stands in 'identify' \(identification\) and in 'test'"
+            r" \(evaluation\); prompts for identification, training and evaluation must be"
+            r" disjoint, and 2 are not: .*safeopt\.data\.split",
+        ),
+        ({"identification": rows_of(3)}, "give at least two purposes"),
+        ({"identification": rows_of(3), "evaluation": []}, "evaluation holds no prompts"),
+        ({"identification": rows_of(3), "evaluation": {"a": []}}, "evaluation holds no prompts"),
+    ],
+)
+def test_a_prompt_under_two_purposes_is_named(sets, message):
+    with pytest.raises(ValueError, match=message):
+        require_disjoint(sets)
 
 
 def test_sure_answer_only_repeats_the_request():

@@ -171,7 +171,7 @@ def test_answers_restore_every_modules_mode(tiny_llama, tiny_tokenizer):
     modes = [module.training for module in tiny_llama.modules()]
     answers(tiny_llama, tiny_tokenizer, PROMPTS, max_new_tokens=1)
     assert [module.training for module in tiny_llama.modules()] == modes
-    with pytest.raises(ValueError, match="prompts is empty"):
+    with pytest.raises(ValueError, match="prompts is empty; give a list"):
         refusal_rate(tiny_llama, tiny_tokenizer, [])
     with pytest.raises(ValueError, match="max_length=255"):
         answers(tiny_llama, tiny_tokenizer, ["zq " * 300], max_new_tokens=1)

@@ -111,7 +111,7 @@ def test_a_state_that_is_not_finite_names_prompt_and_block(tiny_tokenizer: Any) 
 
 def test_bad_prompts_are_refused(tiny_tokenizer: Any) -> None:
     model = make("Llama")
-    with pytest.raises(ValueError, match="rows is empty"):
+    with pytest.raises(ValueError, match="prompts is empty; give a list"):
         hidden_states(model, tiny_tokenizer, [], progress=False)
     with pytest.raises(ValueError, match="leaves no room"):
         hidden_states(model, tiny_tokenizer, ["sky " * 300], progress=False)

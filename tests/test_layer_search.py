@@ -208,7 +208,7 @@ def test_bad_input(tiny_tokenizer: Any, tmp_path: Path) -> None:
         ({"window": 0}, "window is 0"),
         ({"uppers": [1, 2]}, r"uppers is \[1, 2\]; give layers from 2 to 5"),
         ({"lowers": [6]}, r"lowers is \[6\]; give layers from 0 to 5"),
-        ({"cache": cache}, "does not say what its counts depend on"),
+        ({"cache": cache}, "over_rejection does not say what its values depend on"),
     ):
         with pytest.raises(ValueError, match=message):
             localise(model, none, **{"start": (2, 3), **QUIET, **change})

@@ -11,7 +11,6 @@ from safeopt.methods.ssah_groups import ATTRIBUTES, PRESETS, attribute_groups, t
 from safeopt.methods.ssah_masks import alignment_budget, freeze_mask
 from safeopt.methods.unit_scaling import Scaling
 from safeopt.optim import SafeAdamW
-from safeopt.report.transitions import transition_figure
 from safeopt.scores import Scores, score
 from safeopt.units import UnitMap
 
@@ -240,37 +239,30 @@ def test_transitions_hold_the_cutoffs_of_the_first(units, scored):
     assert found["shares"][3][3] == wanted[3][3] / units.units
 
 
-def test_the_figure_of_transitions(units, scored, tmp_path):
-    pytest.importorskip("matplotlib")
-    from matplotlib import image
-
-    before = attribute_groups(units, *scored, RATIOS)
-    path = tmp_path / "new" / "flow.png"
-    transition_figure(transitions(before, before.relabel(*scored)), path)
-    stay = image.imread(path)
-    other = transitions(before, before.relabel(*scored))
-    other["shares"] = [row[::-1] for row in other["shares"]]
-    transition_figure(other, path)
-    assert stay.shape == image.imread(path).shape and stay.min() < 0.3
-    assert (stay != image.imread(path)).any()
-
-
 def test_scores_that_do_not_belong_together_are_named(model, units, scored):
     safety, utility = scored
     with pytest.raises(ValueError, match="come from the same prompts"):
         attribute_groups(units, safety, safety, RATIOS)
+    with pytest.raises(ValueError, match="come from the same prompts"):
+        alignment_budget(units, safety, safety)
     full = score(model, [batch(seed=2)], SSAH(units=units, tokens="all"), progress=False)
     with pytest.raises(ValueError, match="differ in 'arguments'"):
         attribute_groups(units, safety, full, RATIOS)
+    with pytest.raises(ValueError, match="differ in 'arguments'"):
+        alignment_budget(units, full, safety)
     other = Scores(dict(utility), {**utility.provenance, "model": {"weights": "0"}})
     with pytest.raises(ValueError, match="differ in 'model'"):
         attribute_groups(units, safety, other, RATIOS)
+    with pytest.raises(ValueError, match="differ in 'model'"):
+        alignment_budget(units, other, safety)
     heads = UnitMap.of(model, attention="head")
     with pytest.raises(ValueError, match="is not of the units"):
         attribute_groups(heads, safety, utility, RATIOS)
     less = Scores(dict(list(utility.items())[1:]))
     with pytest.raises(ValueError, match="is not of the units"):
         attribute_groups(units, safety, less, RATIOS)
+    with pytest.raises(ValueError, match="is not of the units"):
+        alignment_budget(units, less)
     grouped = attribute_groups(units, safety, utility, RATIOS)
     rows = score(model, [batch(seed=9)], SSAH(units=units), progress=False)
     with pytest.raises(ValueError, match=r"utility scores differ .* in 'prompts'"):

@@ -15,12 +15,15 @@ from safeopt.cli.options import (
     proportion,
 )
 from safeopt.compare.sets import load_rows
+from safeopt.data import Row, require_disjoint
 from safeopt.environment import pick_device
 from safeopt.evaluate import accuracy, drift, perplexity, refusal_rate
 from safeopt.evaluate.refusal import NOTE, PHRASES_VERSION, phrases_hash
 from safeopt.mask import SafetyMask
 
-EXAMPLE = "  safeopt evaluate ./tuned/model --harmful harmful.jsonl --task test.jsonl"
+EXAMPLE = (
+    "  safeopt evaluate ./tuned/model --harmful r.jsonl@evaluate --identified-on r.jsonl@identify"
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +41,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--reference", metavar="MODEL0", help=f"model before training, for drift: {MODEL}"
     )
     parser.add_argument("--mask", metavar="MASK", help="mask made for MODEL0, to split drift by")
+    parser.add_argument(
+        "--identified-on", nargs="+", metavar="ROWS",
+        help="rows on which the mask or direction was identified: a row of the evaluation that is "
+        f"among them is refused, by name; {ROWS}",
+    )  # fmt: skip
     add_number(parser, "batch-size", 32, "prompts at a time")
     add_number(parser, "max-new-tokens", 24, "tokens of an answer")
 
@@ -58,10 +66,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     harmless = load_rows(args.harmless) if args.harmless else []
     task = load_rows(args.task, WITH_RESPONSE) if args.task else []
     general = load_rows(args.text, WITH_RESPONSE) if args.text else []
+    if args.identified_on:
+        named = {f"harmful/{name}": rows for name, rows in harmful.items()}
+        _require_unseen(
+            args.identified_on, named | {"harmless": harmless, "task": task, "text": general}
+        )
     model, tokenizer = load_model(args.model)
     model.to(pick_device(args.device))
     how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     result: dict[str, Any] = {"model": args.model}
+    if args.identified_on:
+        result["identified_on"] = args.identified_on
     if harmful:
         result["attack"] = {
             name: refusal_rate(model, tokenizer, _prompts(rows), **how).attack_success.to_json()
@@ -111,6 +126,16 @@ def text(result: dict[str, Any]) -> str:
 
 def _prompts(rows: list[dict[str, str]]) -> list[str]:
     return [row["instruction"] for row in rows]
+
+
+def _require_unseen(sources: list[str], evaluation: dict[str, list[Row]]) -> None:
+    if not any(evaluation.values()):
+        raise ValueError(
+            f"--identified-on {' '.join(sources)} is compared with the rows of the evaluation, and"
+            " there are none; give --harmful, --harmless, --task or --text"
+        )
+    identification = {source: load_rows(source) for source in sources}
+    require_disjoint({"identification": identification, "evaluation": evaluation})
 
 
 def _drift(model: Any, folder: str, path: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safeopt import artifact
-from safeopt.data import Row, implicit, poison, read_jsonl, split
+from safeopt.data import Row, implicit, poison, read_jsonl, require_disjoint, split
 
 PARTS = {"identify": 0.3, "tune": 0.3, "evaluate": 0.4}
 ORGANISM = "organism:"
@@ -133,7 +133,7 @@ class Sets:
                 f"poison rows are given but the scenario is {self.scenario}; use poison:SHARE, or "
                 "leave them out"
             )
-        self._check_disjoint()
+        self._require_disjoint()
         self.training(seed=0)  # too few poison rows must not come out after the scoring
 
     def named(self) -> dict[str, list[Row]]:
@@ -162,17 +162,8 @@ class Sets:
             return implicit(self.task)
         return self.task
 
-    def _check_disjoint(self) -> None:
-        seen: dict[str, tuple[str, str]] = {}
+    def _require_disjoint(self) -> None:
+        purposes: dict[str, dict[str, list[Row]]] = {}
         for name, rows in self.named().items():
-            purpose = PURPOSES.get(name, "evaluation")
-            for row in rows:
-                key = " ".join(row["instruction"].casefold().split())
-                other, where = seen.setdefault(key, (purpose, name))
-                if other != purpose:
-                    raise ValueError(
-                        f"{row['instruction']!r} stands in {where!r} ({other}) and in {name!r} "
-                        f"({purpose}); prompts for identification, training and evaluation must be "
-                        "disjoint: take it out of one, or cut one file into parts with "
-                        "FILE@identify, FILE@tune, FILE@evaluate"
-                    )
+            purposes.setdefault(PURPOSES.get(name, "evaluation"), {})[name] = rows
+        require_disjoint(purposes)

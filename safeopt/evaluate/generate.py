@@ -11,6 +11,13 @@ import torch
 from safeopt.data import encode, pad_id
 
 
+def require_prompts(prompts: Sequence[str]) -> None:
+    """ValueError for no prompts, and for a string, whose letters would be taken for prompts."""
+    if isinstance(prompts, str) or not prompts:
+        what = "one string" if prompts else "empty"
+        raise ValueError(f"prompts is {what}; give a list of at least one prompt")
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients; every module's own mode comes back, also after an error."""
@@ -35,11 +42,10 @@ def answers(
     """The greedy answer to each prompt, special tokens removed, in the order of the prompts.
 
     Deterministic: no sampling, no beams, no penalties, whatever the model's generation_config says.
-    Prompts are padded on the left. Raises ValueError for no prompts, and for a prompt longer than
-    the model takes.
+    Prompts are padded on the left. Raises ValueError for no prompts, one string instead of a list,
+    and for a prompt longer than the model takes.
     """
-    if not prompts:
-        raise ValueError("prompts is empty: there is nothing to evaluate")
+    require_prompts(prompts)
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(
             f"batch_size={batch_size}, max_new_tokens={max_new_tokens}: both must be at least 1"

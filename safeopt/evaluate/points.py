@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Point = dict[str, Any]
+T = TypeVar("T")
 
 
 class Points:
@@ -79,3 +81,29 @@ class Points:
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def described(name: str, measure: Any, cache: Any) -> dict[str, Any]:
+    """What the values of a callable depend on: its `arguments()`, which a cache needs; else {}.
+
+    Raises:
+        ValueError: a cache for a callable, by its `name`, that has no `arguments`.
+    """
+    arguments = getattr(measure, "arguments", None)
+    if cache is not None and arguments is None:
+        raise ValueError(
+            f"cache: {name} does not say what its values depend on; give it a method arguments()"
+            " that returns its settings as JSON values, as OverRejection has, or no cache"
+        )
+    return dict(arguments()) if arguments else {}
+
+
+def bar(items: Sequence[T], progress: bool, title: str, unit: str) -> Iterable[T]:
+    """The items, with a bar on stderr if that is wanted and tqdm is installed."""
+    if not progress:
+        return items
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=title, unit=unit)

@@ -25,6 +25,7 @@ from safeopt.methods.safety_layers import (
 from safeopt.methods.short_tune import short_fine_tune_direction
 from safeopt.methods.ssah import SSAH, channel_means
 from safeopt.methods.ssah_groups import attribute_groups, transitions
+from safeopt.methods.ssah_ladder import scan
 from safeopt.methods.ssah_masks import alignment_budget, freeze_mask
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "rewind",
     "safety_edit",
     "scaled",
+    "scan",
     "set_difference",
     "short_fine_tune_direction",
     "transitions",

@@ -74,7 +74,7 @@ class AttributeGroups:
         Raises:
             ValueError: scores of other units, other settings or other prompts.
         """
-        _check(self.units, safety, utility)
+        require_units(self.units, safety, utility)
         for which, scores in (("safety", safety), ("utility", utility)):
             before = self.manifest[which]
             for key in ("prompts", "arguments"):
@@ -141,19 +141,7 @@ def attribute_groups(
     Source: arXiv 2410.10862, section on groups; ratios, not thresholds. Normalisation, scope and
     the order of assignment are not published: these are our defaults.
     """
-    _check(units, safety, utility)
-    for key in ("model", "arguments"):
-        if safety.provenance.get(key) != utility.provenance.get(key):
-            raise ValueError(
-                f"safety and utility scores differ in {key!r}: {safety.provenance.get(key)} and"
-                f" {utility.provenance.get(key)}; score the same model with the same settings"
-            )
-    prompts = safety.provenance.get("prompts")
-    if prompts is not None and prompts == utility.provenance.get("prompts"):
-        raise ValueError(
-            "safety and utility scores come from the same prompts, so their difference is 0; score"
-            " utility on rows of its own"
-        )
+    require_comparable(units, safety, utility)
     wanted = _ratios(ratios)
     scalings = Scaling(units, safety, normalise), Scaling(units, utility, normalise)
     scaled = scalings[0](safety), scalings[1](utility)
@@ -270,7 +258,25 @@ def _assign(
     return label, cutoffs, collisions
 
 
-def _check(units: UnitMap, *scores: Scores) -> None:
+def require_comparable(units: UnitMap, safety: Scores, utility: Scores) -> None:
+    """ValueError unless both are scores of these units, of one model, alike, on different rows."""
+    require_units(units, safety, utility)
+    for key in ("model", "arguments"):
+        if safety.provenance.get(key) != utility.provenance.get(key):
+            raise ValueError(
+                f"safety and utility scores differ in {key!r}: {safety.provenance.get(key)} and"
+                f" {utility.provenance.get(key)}; score the same model with the same settings"
+            )
+    prompts = safety.provenance.get("prompts")
+    if prompts is not None and prompts == utility.provenance.get("prompts"):
+        raise ValueError(
+            "safety and utility scores come from the same prompts, so they say the same; score"
+            " utility on rows of its own"
+        )
+
+
+def require_units(units: UnitMap, *scores: Scores) -> None:
+    """ValueError unless the scores are of these units."""
     digest = units.digest()
     for each in scores:
         made = each.provenance.get("arguments", {}).get("units", digest)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from safeopt.mask import SafetyMask
-from safeopt.methods.ssah_groups import AttributeGroups
+from safeopt.methods.ssah_groups import AttributeGroups, require_comparable, require_units
 from safeopt.methods.unit_scaling import Normalise, Scaling
 from safeopt.scores import Scores
 from safeopt.units import UnitMap
@@ -131,7 +131,8 @@ def budget_units(
     Units are taken by rising I_U (or I_S + I_U) until one more would exceed the share.
 
     Raises:
-        ValueError: a share out of range, more than all units have, or less than one unit has.
+        ValueError: a share out of range, more than all units have, or less than one unit has;
+            scores of other units, or that `attribute_groups` would not take together.
 
     Source: arXiv 2410.10862, alignment budget: 20 % of the parameters. Lowest I_U on a base model
     is our reading of its figure 6.
@@ -141,6 +142,10 @@ def budget_units(
             f"share={share}, by={by!r}: share must be above 0 and at most 1, by 'parameters' or"
             " 'units'"
         )
+    if safety is None:
+        require_units(units, utility)
+    else:
+        require_comparable(units, safety, utility)
     every = [scores for scores in (utility, safety) if scores is not None]
     scaled = [Scaling(units, scores, normalise)(scores) for scores in every]
     rows = [torch.cat([values[name] for name in units]) for values in scaled]

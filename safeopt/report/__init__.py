@@ -1,4 +1,4 @@
-"""Tables, figures and two honest sentences from the results of a comparison."""
+"""Tables, figures and two honest sentences from the results of a comparison, and of a ladder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from typing import Any
 
 from safeopt import artifact
 from safeopt.report.figures import equal_skill_curves, training_curves
+from safeopt.report.ladder import ladder_figure, ladder_table
 from safeopt.report.summary import summarise
 from safeopt.report.tables import markdown
 from safeopt.report.verdict import verdict
 
-__all__ = ["equal_skill_curves", "markdown", "summarise", "training_curves", "verdict", "write"]
+__all__ = [
+    "equal_skill_curves",
+    "ladder_figure",
+    "ladder_table",
+    "markdown",
+    "summarise",
+    "training_curves",
+    "verdict",
+    "write",
+]
 
 
 def write(results: dict[str, Any], out: str | Path) -> list[Path]:

@@ -66,7 +66,7 @@ def equal_steps(summary: dict[str, Any]) -> str:
             *([_megabytes(row.get("device_bytes"))] if device else []),
             _megabytes(row.get("state_bytes")),
         ])  # fmt: skip
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def equal_skill(summary: dict[str, Any]) -> str:
@@ -83,7 +83,7 @@ def equal_skill(summary: dict[str, Any]) -> str:
         attack = [_rate(row["attack"][name]) for name in sets]
         rest = [_rate(row["over_refusal"]), _rate(row["accuracy"]), _number(row["perplexity"])]
         rows.append([arm, reached, f"{row['step']:.0f}", *attack, *rest])
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _notes(results: dict[str, Any]) -> list[str]:
@@ -142,7 +142,8 @@ def _provenance(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown: the first column to the left, all others to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -110,11 +110,6 @@ class UnitMap(Mapping[str, UnitGroup]):
         """Number of units."""
         return sum(group.size for group in self.values())
 
-    def split(self, values: Tensor) -> dict[str, Tensor]:
-        """A tensor of shape (units,) over all units, in pieces by group."""
-        pieces = values.split([group.size for group in self.values()])
-        return dict(zip(self, pieces, strict=True))
-
     def digest(self) -> str:
         """SHA-256 of the groups: names, kinds and lines."""
         hasher = hashlib.sha256()
@@ -183,6 +178,11 @@ class UnitMap(Mapping[str, UnitGroup]):
             "units": units,
             "parameters": {**weights, "share_of_model": weights["selected"] / whole},
         }
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """A tensor of shape (units,), all groups in a row, cut into one by group."""
+        pieces = flat.split([group.size for group in self.values()])
+        return dict(zip(self, pieces, strict=True))
 
     def check(self, selected: Selection) -> None:
         """ValueError, naming the group, unless `selected` is a selection of these units."""

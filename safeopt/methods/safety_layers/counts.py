@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from safeopt import artifact, names
-from safeopt.evaluate.points import Points
+from safeopt.evaluate.points import Points, bar, described
 from safeopt.methods.safety_layers.blocks import blocks_of
 from safeopt.methods.safety_layers.scaling import scaled
 
@@ -44,18 +44,12 @@ class ScaledCounts:
     ) -> None:
         self.model, self.blocks = model, blocks_of(model, blocks)
         self._count, self._o_proj = over_rejection, o_proj
-        described = getattr(over_rejection, "arguments", None)
-        if cache is not None and described is None:
-            raise ValueError(
-                "cache: over_rejection does not say what its counts depend on; use OverRejection,"
-                " or give it a method arguments() that returns its settings as JSON values"
-            )
         self.settings = {
             "model": artifact.fingerprint(model),
             "dtypes": sorted({str(t.dtype) for t in names.parameters(model).values()}),
             "blocks": self.blocks.name,
             "o_proj": o_proj,
-            "over_rejection": described() if described else {},
+            "over_rejection": described("over_rejection", over_rejection, cache),
             "torch": str(torch.__version__),
         }
         self._points = Points(None if cache is None else Path(cache), self.settings)
@@ -69,7 +63,7 @@ class ScaledCounts:
     ) -> tuple[Step, ...]:
         """Scale each range by alpha in turn, and count."""
         steps = []
-        for layers in _bar(ranges, progress, name):
+        for layers in bar(ranges, progress, name, "range"):
             at = {"alpha": float(alpha), "first": layers[0], "last": layers[1]}
             counts = self._at(at, partial(self._scaled, layers, alpha))
             steps.append(Step(name, layers, counts))
@@ -113,13 +107,3 @@ def _checked(counts: Any) -> dict[str, int]:
             " number by each detector"
         )
     return named
-
-
-def _bar(ranges: list[Range], progress: bool, title: str) -> Iterable[Range]:
-    if not progress:
-        return ranges
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return ranges
-    return tqdm(ranges, desc=title, unit="range")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.data import Batch, batches
-from safeopt.evaluate.generate import evaluating
+from safeopt.evaluate.generate import evaluating, require_prompts
 from safeopt.methods.safety_layers.blocks import Blocks, blocks_of
 
 ALPACA = (
@@ -52,9 +52,11 @@ def hidden_states(
         progress: show a bar on stderr, if tqdm is installed.
 
     Raises:
-        ValueError: no prompts, a prompt too long for the model, blocks that cannot be told.
+        ValueError: no prompts, a string in place of a list, a prompt too long for the model, blocks
+            that cannot be told.
         FloatingPointError: a state is NaN or infinite; the message names prompt and block.
     """
+    require_prompts(prompts)
     known = blocks_of(model, blocks)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2**31
     rows = [{"instruction": prompt} for prompt in prompts]
