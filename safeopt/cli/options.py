@@ -34,6 +34,21 @@ def add_number(parser: argparse.ArgumentParser, name: str, default: float, text:
     )
 
 
+def layer_range(option: str, text: str) -> tuple[int, int]:
+    """First and last layer of `"6-14"`, counted from 0, both in the range.
+
+    Raises:
+        ValueError: anything else; the message names the option.
+    """
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise ValueError(
+            f"{option} is {text!r}; give the first and the last layer, counted from 0 and both in"
+            " the range, such as 6-14"
+        )
+    return int(first), int(last)
+
+
 def harmful_sets(sources: list[str]) -> dict[str, list[Row]]:
     """The harmful evaluation sets by name, from FILE or NAME=FILE.
 
