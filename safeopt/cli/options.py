@@ -13,6 +13,13 @@ from safeopt.evaluate import Proportion
 MODEL = "Hugging Face causal-LM folder, or organism:aligned, organism:unaligned"
 ROWS = "JSONL file or organism:NAME; FILE@identify, @tune, @evaluate are three disjoint parts"
 WITH_RESPONSE = ("instruction", "response")
+USES = {
+    "freeze": "use: freeze. The selected weights carry safety: safeopt train --freeze {out}",
+    "train": "use: train. The selected weights alone may move: safeopt train --train {out}, never"
+    " --freeze",
+    None: "use: safeopt train --freeze {out} to keep the selected weights (SPA), --train {out} to"
+    " move them alone (SET)",
+}
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from safeopt.cli.options import MODEL, layer_range
+from safeopt.cli.options import MODEL, USES, layer_range
 from safeopt.cli.select_kinds import kind_of, require_fitting
 from safeopt.cli.select_units import budget, units
 from safeopt.mask import SafetyMask
@@ -17,13 +17,6 @@ from safeopt.selection import select
 
 EXAMPLE = "  safeopt select scores.safetensors --fraction 0.01 --out mask.safetensors"
 RATIOS = "llama-2-7b-chat"
-USES = {
-    "freeze": "use: freeze. The selected weights carry safety: safeopt train --freeze {out}",
-    "train": "use: train. The selected weights alone may move: safeopt train --train {out}, never"
-    " --freeze",
-    None: "use: safeopt train --freeze {out} to keep the selected weights (SPA), --train {out} to"
-    " move them alone (SET)",
-}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
