@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from safeopt.report.figures import require_drawable
 
         require_drawable(args.figure)
-    given = layer_range("--start", args.start) if args.start else None
+    given = None if args.start is None else layer_range("--start", args.start)
     normal, malicious = _prompts(args.normal), _prompts(args.malicious)
     _require_disjoint(normal, malicious)
     harmless = _prompts(args.over_rejection) if args.over_rejection else None
