@@ -113,6 +113,8 @@ def test_the_search_is_localise_and_goes_on_where_it_stopped(
     mask = SafetyMask.load("sub/m.st")
     assert mask.digest() == wanted.mask(model).digest()
     assert mask.manifest["arguments"]["log"] == search["log"]
+    made = f"layers {found['layers']}, freeze_norms False, start [1, 3], alpha 0.7, model weights"
+    assert made in call(capsys, "inspect", "sub/m.st")[1]
     said = [line.split() for line in text(found).splitlines()]
     assert ["unscaled", "openings", "3", "phrases", "4"] in said
     for step in search["log"]:
