@@ -49,7 +49,7 @@ ALLOWED = {
     " organism scores selection train units",
     "report": "artifact compare evaluate mask methods names",
     "cli": "_version artifact compare data direction environment evaluate integrations mask methods"
-    " ops optim organism report scores selection train safeopt",
+    " ops optim organism report scores selection train units safeopt",
     "__main__": "cli",
     "__init__": "_version direction evaluate mask methods optim penalty scores selection",
 }

@@ -18,6 +18,7 @@ from safeopt.cli import (
     env,
     evaluate,
     inspect,
+    layers,
     project,
     score,
     select,
@@ -30,6 +31,7 @@ __all__ = ["main"]
 COMMANDS: dict[str, ModuleType] = {
     "score": score,
     "select": select,
+    "layers": layers,
     "inspect": inspect,
     "train": train,
     "evaluate": evaluate,

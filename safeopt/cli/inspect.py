@@ -102,10 +102,16 @@ def _bits(mask: SafetyMask) -> dict[str, dict[str, int]]:
 
 
 def _made(manifest: dict[str, Any]) -> str:
-    said = [f"{key} {value}" for key, value in manifest.get("arguments", {}).items()]
+    arguments = manifest.get("arguments", {})
+    said = [f"{key} {value}" for key, value in arguments.items() if not _nested(value)]
     model = (manifest.get("model") or {}).get("weights")
     said += [f"model weights {model[:12]}"] if model else []
     return f"made by: {', '.join([_method(manifest), *said])}"
+
+
+def _nested(value: Any) -> bool:
+    """Whether it is a table, such as the counts of a search: too long for a line."""
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_nested, value)))
 
 
 def _method(manifest: dict[str, Any]) -> str:

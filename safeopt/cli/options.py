@@ -13,6 +13,13 @@ from safeopt.evaluate import Proportion
 MODEL = "Hugging Face causal-LM folder, or organism:aligned, organism:unaligned"
 ROWS = "JSONL file or organism:NAME; FILE@identify, @tune, @evaluate are three disjoint parts"
 WITH_RESPONSE = ("instruction", "response")
+USES = {
+    "freeze": "use: freeze. The selected weights carry safety: safeopt train --freeze {out}",
+    "train": "use: train. The selected weights alone may move: safeopt train --train {out}, never"
+    " --freeze",
+    None: "use: safeopt train --freeze {out} to keep the selected weights (SPA), --train {out} to"
+    " move them alone (SET)",
+}
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +39,21 @@ def add_number(parser: argparse.ArgumentParser, name: str, default: float, text:
         metavar="N",
         help=f"{text} (default {default})",
     )
+
+
+def layer_range(option: str, text: str) -> tuple[int, int]:
+    """First and last layer of `"6-14"`, counted from 0, both in the range.
+
+    Raises:
+        ValueError: anything else; the message names the option.
+    """
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise ValueError(
+            f"{option} is {text!r}; give the first and the last layer, counted from 0 and both in"
+            " the range, such as 6-14"
+        )
+    return int(first), int(last)
 
 
 def harmful_sets(sources: list[str]) -> dict[str, list[Row]]:

@@ -16,6 +16,23 @@ SIZE = (7.0, 4.2)  # inches, for each panel
 DPI = 150
 
 
+def require_drawable(path: str | Path) -> None:
+    """Check that a figure can be written, before anything long is run for it.
+
+    Raises:
+        ValueError: the path does not end in .png.
+        ImportError: matplotlib is not installed.
+    """
+    if Path(path).suffix != ".png":
+        raise ValueError(f"{path} is to hold a figure; figures are PNG files, so end it in .png")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{path} was not drawn: figures need matplotlib; pip install 'torch-safeopt[plot]'"
+        ) from error
+
+
 def training_curves(results: dict[str, Any], path: Path) -> None:
     """Attack success (%) along the steps: mean over seeds, band of the pooled 95 % interval.
 

@@ -6,30 +6,33 @@ from pathlib import Path
 from typing import Any
 
 from safeopt import artifact
+from safeopt.methods.safety_layers.counts import Range
 from safeopt.methods.safety_layers.curves import InitialRange, LayerCurves
 from safeopt.methods.safety_layers.search import Localisation
-from safeopt.report.figures import COLOURS, DPI, MARKERS, SIZE
+from safeopt.report.figures import COLOURS, DPI, MARKERS, SIZE, require_drawable
 
 
 def layers_figure(
     curves: LayerCurves,
     path: str | Path,
     *,
-    initial: InitialRange | None = None,
+    initial: InitialRange | Range | None = None,
     found: Localisation | None = None,
 ) -> None:
     """Draw the curves and mark a range of layers; with a search, its counts too, as a PNG file.
 
     First panel: mean cosine of the three kinds of pairs after every block, with bands of one
     standard deviation over draws. Second: the angular gap in degrees, with the range marked; the
-    suggested one hatched, the one that was found filled. Third, with `found`: refused prompts
+    suggested one (or the pair of layers that was given as `initial`) hatched, the one that was
+    found filled. Third, with `found`: refused prompts
     against the bound that was moved, and the count of the unscaled model.
 
     Raises:
-        ValueError: a range that lies outside the curves.
+        ValueError: a range that lies outside the curves, or a path that does not end in .png.
         ImportError: matplotlib is not installed.
     """
-    marked = [what.layers for what in (initial, found) if what is not None]
+    require_drawable(path)
+    marked = [_layers(what) for what in (initial, found) if what is not None]
     outside = [layers for layers in marked if layers[1] >= len(curves)]
     if outside:
         raise ValueError(
@@ -81,10 +84,16 @@ def _band(axes: Any, mean: Any, std: Any, label: str, i: int) -> None:
         axes.fill_between(range(len(mean)), low, high, color=COLOURS[i], alpha=0.12, linewidth=0)
 
 
-def _mark(axes: Any, initial: InitialRange | None, found: Localisation | None) -> None:
+def _layers(marked: InitialRange | Localisation | Range) -> Range:
+    return marked if isinstance(marked, tuple) else marked.layers
+
+
+def _mark(axes: Any, initial: InitialRange | Range | None, found: Localisation | None) -> None:
     if initial is not None:
-        first, last = initial.layers
-        label = f"initial range {first}-{last} (threshold {initial.threshold:g})"
+        first, last = _layers(initial)
+        label = f"initial range {first}-{last}"
+        if isinstance(initial, InitialRange):
+            label += f" (threshold {initial.threshold:g})"
         style = {"facecolor": "none", "edgecolor": "#bbbbbb", "hatch": "//", "linewidth": 0}
         axes.axvspan(first - 0.5, last + 0.5, label=label, **style)
     if found is not None:

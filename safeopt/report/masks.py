@@ -8,7 +8,7 @@ from typing import Any
 
 from safeopt import artifact, names
 from safeopt.mask import SafetyMask
-from safeopt.report.figures import DPI
+from safeopt.report.figures import DPI, require_drawable
 
 OUTSIDE = "-"  # the layer of parameters that stand in no numbered layer
 ALL = "all"
@@ -152,15 +152,10 @@ def _write_cells(axes: Any, values: Sequence[Sequence[float]], top: float, text:
 
 
 def _figure(path: str | Path, size: tuple[float, float]) -> Any:
-    if Path(path).suffix != ".png":
-        raise ValueError(f"{path} is to hold a figure; figures are PNG files, so end it in .png")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{path} was not drawn: figures need matplotlib; pip install 'torch-safeopt[plot]'"
-        ) from error
+    require_drawable(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
