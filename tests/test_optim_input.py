@@ -14,7 +14,7 @@ from helpers import (
 from torch import nn
 
 from safeopt.mask import SafetyMask
-from safeopt.optim import SafeAdamW
+from safeopt.optim import SafeAdamW, hold
 
 
 def test_bad_masks_say_what_to_do() -> None:
@@ -101,6 +101,18 @@ def test_replaced_and_sharded_parameters_are_refused() -> None:
             SafeAdamW([("w", sharded)], freeze=SafetyMask.from_bool({"w": torch.ones(8, 4) > 0}))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_mask_of_what_may_move_is_not_frozen_by_mistake() -> None:
+    model = Bag()
+    mask = random_mask(model)
+    mask.manifest = {"method": "ssah_alignment_budget", "use": "train"}
+    with pytest.raises(ValueError, match=r"freeze= was given a mask of what may move.*train=mask"):
+        SafeAdamW(model.named_parameters(), freeze=mask)
+    with pytest.raises(ValueError, match=r"hold was given a mask of what may move"):
+        hold(torch.optim.SGD(model.parameters()), mask, model)
+    ours = SafeAdamW(model.named_parameters(), train=mask)
+    assert SafeAdamW(model.named_parameters(), freeze=~mask).live_count() == ours.live_count()
 
 
 def test_sparse_gradients_are_refused() -> None:

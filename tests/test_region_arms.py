@@ -200,7 +200,7 @@ def test_a_comparison_of_regions(tiny_folder: Path, tmp_path: Path) -> None:
     assert results["sets"]["utility"]["rows"] == 5
     with pytest.raises(ValueError, match=r"arm ssah:0.2 sets safety against utility"):
         compare(tiny_folder, make_sets(), arms, [0], tmp_path / "other", SMALL, progress=False)
-    with pytest.raises(ValueError, match=r"'test' \(evaluation\) and in 'utility' \(identi"):
+    with pytest.raises(ValueError, match=r"'utility' \(identification\) and in 'test' \(eval"):
         make_sets(utility=numbered("test", 2, "x"))
 
 

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from safeopt.mask import SafetyMask
 from safeopt.names import Source, parameters, require
+from safeopt.optim.live import require_freezable
 
 
 def hold(optimizer: Optimizer, mask: SafetyMask, model_or_named_params: Source) -> RemovableHandle:
@@ -32,7 +33,7 @@ def hold(optimizer: Optimizer, mask: SafetyMask, model_or_named_params: Source) 
 
     Raises:
         ValueError: a mask name matches no parameter; a shape differs; a held parameter that
-            requires grad is not one of the optimizer's.
+            requires grad is not one of the optimizer's; a mask of what may move.
         NotImplementedError: sharded parameters (DTensor).
     """
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -40,6 +41,7 @@ def hold(optimizer: Optimizer, mask: SafetyMask, model_or_named_params: Source) 
     source = model_or_named_params if module else parameters(model_or_named_params)
     known = parameters(source)
     require(mask, known, "hold mask")
+    require_freezable(mask, "hold")
     for name in mask:
         _check(name, known[name], mask, inner)
     held = {name: known[name].detach()[_where(mask, name, known[name])] for name in mask}

@@ -50,6 +50,8 @@ class LiveSet:
                     f"{argument}= must be a SafetyMask, got {type(mask).__name__}; make one with"
                     " SafetyMask.from_bool({name: bool tensor}) or SafetyMask.load(path)"
                 )
+            if argument == "freeze":
+                require_freezable(mask, "freeze=")
             return cls(mask, argument)
         return None
 
@@ -187,3 +189,13 @@ def named(group: dict[str, Any], argument: str) -> Iterator[tuple[str, Tensor]]:
                 " train this model with DDP or in one process"
             )
         yield name, param
+
+
+def require_freezable(mask: SafetyMask, what: str) -> None:
+    """ValueError for a mask that says what may move, as `alignment_budget` makes it."""
+    if mask.manifest.get("use") == "train":
+        raise ValueError(
+            f"{what} was given a mask of what may move (its manifest says use: train; method"
+            f" {mask.manifest.get('method')}): frozen, it would hold what is redundant and let the"
+            " rest move. Give it as SafeAdamW(train=mask), or give ~mask"
+        )

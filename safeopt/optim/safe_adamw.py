@@ -66,10 +66,10 @@ class SafeAdamW(torch.optim.AdamW):
 
     Raises:
         TypeError: a mask or an anchor of another type; an anchor for complex parameters.
-        ValueError: both masks; parameters without names; names that match no parameter; another
-            shape; trainable LoRA adapters that a mask or scores do not name; a strength without
-            anchor; scores that are all zero; on loading, the state of other parameters, of another
-            mask or of another anchor.
+        ValueError: both masks; as freeze= a mask of what may move; parameters without names; names
+            that match no parameter; another shape; trainable LoRA adapters that a mask or scores do
+            not name; a strength without anchor; scores that are all zero; on loading, the state of
+            other parameters, of another mask or of another anchor.
         NotImplementedError: a mask or an anchor with sharded parameters (DTensor).
 
     Source: SPA and SET of ESI (arXiv 2604.08297). Differs from the authors' code: frozen elements
