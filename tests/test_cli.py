@@ -10,9 +10,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from safeopt import organism
+from safeopt import SafetyMask, organism
 from safeopt.cli import COMMANDS, demo, main
 from safeopt.compare import Settings
+from safeopt.train import train
 
 
 @pytest.fixture
@@ -71,6 +72,34 @@ def test_the_whole_way(rows: Path, tiny_folder: Path, capsys: pytest.CaptureFixt
     assert measured["drift"]["critical"]["numel"] == selected
     assert measured["drift"]["other"]["moved"] > 0
     assert "not a judge" in measured["phrases"]["note"]
+
+
+def test_a_region_is_left_out_of_the_measurement(
+    rows: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By --prune, which changes no file; a whole range of layers gets no gradients in training."""
+    result(capsys, "select", "--layers", "0-0", "--model", tiny_folder, "--out", "m.st")
+    words: list[Any] = ["evaluate", tiny_folder, "--text", "task.jsonl"]
+    intact = result(capsys, *words)
+    without = result(capsys, *words, "--prune", "m.st")
+    assert without["pruned"] == "m.st" and "pruned" not in intact
+    assert without["text_perplexity"] != intact["text_perplexity"]
+    assert result(capsys, *words)["text_perplexity"] == intact["text_perplexity"]
+    code, _, err = call(capsys, *words, "--prune", "m.st", "--reference", tiny_folder)
+    assert code == 2 and "--prune m.st changes the model" in err
+    words = ["train", tiny_folder, "--data", "task.jsonl", "--steps", 2, "--weight-decay", 0.1]
+    asleep, mask = [], SafetyMask.load("m.st")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "safeopt.train.train",
+            lambda model, *args, **options: (
+                asleep.extend(n for n, p in model.named_parameters() if not p.requires_grad),
+                train(model, *args, **options),
+            )[1],
+        )
+        trained = result(capsys, *words, "--freeze", "m.st", "--out", "tuned")
+    assert set(asleep) == set(mask)
+    assert trained["total"] - trained["live"] == mask.count()
 
 
 def test_text_results_go_to_stdout(

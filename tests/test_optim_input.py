@@ -68,7 +68,10 @@ def test_lora_adapters_with_a_base_mask_are_refused() -> None:
     with pytest.raises(ValueError, match=r"LoRA adapter.*merge_and_unload"):
         SafeAdamW(model.named_parameters(), freeze=mask)
     merged = model.merge_and_unload()
-    assert SafeAdamW(merged.named_parameters(), freeze=mask).live_count()[0] > 0
+    assert SafeAdamW(merged.named_parameters(), freeze=mask).live_count()[0] == 0  # PEFT's doing
+    merged.requires_grad_(True)
+    live, total = SafeAdamW(merged.named_parameters(), freeze=mask).live_count()
+    assert total - live == mask.count() > 0
 
 
 def test_tied_weights_are_resolved_by_the_model() -> None:

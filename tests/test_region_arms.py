@@ -123,6 +123,12 @@ def test_sppft_freezes_whole_layers_but_for_norms() -> None:
     assert {name.split(".")[2] for name in mask} == {"1", "2"}
     assert not any("norm" in name for name in mask)
     assert mask.density() == 1
+    given = context()
+    plan = parse_arm("sppft:1-2|spa:0.1").plan(given)
+    asleep = {name for name, p in given.model.named_parameters() if not p.requires_grad}
+    assert asleep == set(mask)  # no gradients are computed for them
+    live, total = plan.optimizer.live_count()  # type: ignore[attr-defined]
+    assert plan.mask is not None and total - live == plan.mask.count()
     with pytest.raises(ValueError, match="all layers"):
         mask_of(f"sppft-random:0-{LAYERS - 1}")
     with pytest.raises(ValueError, match="4"):

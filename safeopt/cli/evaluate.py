@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from typing import Any
 
 from safeopt.cli.options import (
@@ -20,6 +21,7 @@ from safeopt.environment import pick_device
 from safeopt.evaluate import accuracy, drift, perplexity, refusal_rate
 from safeopt.evaluate.refusal import NOTE, PHRASES_VERSION, phrases_hash
 from safeopt.mask import SafetyMask
+from safeopt.methods import prune
 
 EXAMPLE = (
     "  safeopt evaluate ./tuned/model --harmful r.jsonl@evaluate --identified-on r.jsonl@identify"
@@ -42,6 +44,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mask", metavar="MASK", help="mask made for MODEL0, to split drift by")
     parser.add_argument(
+        "--prune", metavar="MASK",
+        help="measure the model with these weights set to 0: what does the region carry?",
+    )  # fmt: skip
+    parser.add_argument(
         "--identified-on", nargs="+", metavar="ROWS",
         help="rows on which the mask or direction was identified: a row of the evaluation that is "
         f"among them is refused, by name; {ROWS}",
@@ -58,6 +64,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             "nothing to evaluate; give --harmful, --harmless, --task, --text or --reference"
         )
+    if args.prune and args.reference:
+        raise ValueError(
+            f"--prune {args.prune} changes the model for the measurements, and --reference"
+            f" {args.reference} asks how far it has drifted; measure one of them at a time"
+        )
     if args.mask and not args.reference:
         raise ValueError(
             f"--mask {args.mask} splits the drift from --reference, which is not given; give both"
@@ -73,10 +84,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     model, tokenizer = load_model(args.model)
     model.to(pick_device(args.device))
-    how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     result: dict[str, Any] = {"model": args.model}
+    if args.prune:
+        result["pruned"] = args.prune
     if args.identified_on:
         result["identified_on"] = args.identified_on
+    with prune(model, SafetyMask.load(args.prune)) if args.prune else nullcontext():
+        result |= _measured(model, tokenizer, args, harmful, harmless, task, general)
+    if args.reference:
+        result["drift"] = _drift(model, args.reference, args.mask)
+    result["phrases"] = {"version": PHRASES_VERSION, "sha256": phrases_hash(), "note": NOTE}
+    return result
+
+
+def _measured(
+    model: Any,
+    tokenizer: Any,
+    args: argparse.Namespace,
+    harmful: dict[str, list[Row]],
+    harmless: list[Row],
+    task: list[Row],
+    general: list[Row],
+) -> dict[str, Any]:
+    how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    result: dict[str, Any] = {}
     if harmful:
         result["attack"] = {
             name: refusal_rate(model, tokenizer, _prompts(rows), **how).attack_success.to_json()
@@ -93,9 +124,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result["text_perplexity"] = perplexity(
             model, tokenizer, general, batch_size=args.batch_size
         )
-    if args.reference:
-        result["drift"] = _drift(model, args.reference, args.mask)
-    result["phrases"] = {"version": PHRASES_VERSION, "sha256": phrases_hash(), "note": NOTE}
     return result
 
 

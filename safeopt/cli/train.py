@@ -13,6 +13,7 @@ from safeopt.compare.sets import load_rows
 from safeopt.direction import AlignmentDirection
 from safeopt.environment import pick_device
 from safeopt.mask import SafetyMask
+from safeopt.methods.safety_layers import freeze_whole, whole_names
 from safeopt.optim import AsFTAdamW, SafeAdamW
 from safeopt.optim.anchor import MODES
 from safeopt.scores import Scores
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             mask.check(model)
     model.to(pick_device(args.device))
     optimizer = _optimizer(model, args, freeze=freeze, train=only)
+    if freeze is not None and whole_names(freeze):
+        freeze_whole(model, freeze)
     losses = train(
         model,
         tokenizer,

@@ -10,6 +10,7 @@ import torch
 from safeopt import artifact
 from safeopt.compare.kinds import Context, Kind, Make, Pick, Plan
 from safeopt.mask import SafetyMask
+from safeopt.methods.safety_layers import freeze_whole, whole_names
 from safeopt.optim import SafeAdamW
 from safeopt.optim.anchor import Mode, Shares
 from safeopt.scores import Scores
@@ -29,9 +30,12 @@ def _shuffled(context: Context, fraction: float) -> SafetyMask:
 
 
 def frozen(context: Context, mask: SafetyMask) -> Plan:
-    """SafeAdamW that freezes the mask."""
+    """SafeAdamW that freezes the mask; tensors frozen as a whole get no gradient either."""
     named = context.model.named_parameters()
-    return Plan(SafeAdamW(named, context.lr, weight_decay=context.weight_decay, freeze=mask), mask)
+    optimizer = SafeAdamW(named, context.lr, weight_decay=context.weight_decay, freeze=mask)
+    if whole_names(mask):
+        freeze_whole(context.model, mask)
+    return Plan(optimizer, mask)
 
 
 def freezing(summary: str, pick: Pick, takes: str = "fraction", **options: Any) -> Kind:

@@ -207,8 +207,8 @@ def _trained(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     given = [p for group in optimizer.param_groups for p in group["params"]]
     asleep = sum(p.numel() for p in given if not p.requires_grad)  # under LoRA, the base weights
     total = sum(p.numel() for p in given)
-    live = optimizer.live_count()[0] if hasattr(optimizer, "live_count") else total
-    return {"live": live - asleep, "total": total}
+    live = optimizer.live_count()[0] if hasattr(optimizer, "live_count") else total - asleep
+    return {"live": live, "total": total}
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -195,11 +195,16 @@ class SafeAdamW(torch.optim.AdamW):
                         p.grad.masked_fill_(~self._where(name, p).view(p.shape), 0)
 
     def live_count(self) -> tuple[int, int]:
-        """(elements that may move, all elements) over every parameter group."""
-        total = sum(p.numel() for group in self.param_groups for p in group["params"])
-        if self._live is None:
-            return total, total
-        return sum(count for g in self.param_groups for *_, count in self._members(g)), total
+        """(elements that may move, all elements) over every parameter group.
+
+        Parameters that do not require gradients may not.
+        """
+        given = [p for group in self.param_groups for p in group["params"]]
+        counts = [(p, p.numel()) for p in given]
+        if self._live is not None:
+            counts = [(p, n) for group in self.param_groups for _, p, n in self._members(group)]
+        live = sum(n for p, n in counts if p.requires_grad)
+        return live, sum(p.numel() for p in given)
 
     @torch.no_grad()
     def anchor_penalty(self) -> Tensor:

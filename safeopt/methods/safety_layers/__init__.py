@@ -25,7 +25,7 @@ from safeopt.methods.safety_layers.curves import (
     initial_range,
     layer_curves,
 )
-from safeopt.methods.safety_layers.freezing import Frozen, freeze_whole, layer_mask
+from safeopt.methods.safety_layers.freezing import Frozen, freeze_whole, layer_mask, whole_names
 from safeopt.methods.safety_layers.over_rejection import DETECTORS, OPENINGS, OverRejection
 from safeopt.methods.safety_layers.scaling import scaled
 from safeopt.methods.safety_layers.search import Localisation, localise
@@ -54,4 +54,5 @@ __all__ = [
     "layer_mask",
     "localise",
     "scaled",
+    "whole_names",
 ]

@@ -94,7 +94,7 @@ def freeze_whole(model: nn.Module, mask: SafetyMask) -> Frozen:
             parameter, or all that were left to train.
     """
     mask.check(model, weights=False)
-    whole = {name for name, bits in mask.items() if bits.count() == bits.numel}
+    whole = whole_names(mask)
     if not whole:
         raise ValueError(
             f"none of the {len(mask)} parameters in the mask is selected as a whole, so nothing can"
@@ -113,3 +113,8 @@ def freeze_whole(model: nn.Module, mask: SafetyMask) -> Frozen:
         parameter.requires_grad_(False)
         parameter.grad = None
     return Frozen(chosen)
+
+
+def whole_names(mask: SafetyMask) -> set[str]:
+    """The parameters that the mask selects as a whole: those that `freeze_whole` switches off."""
+    return {name for name, bits in mask.items() if bits.count() == bits.numel}
