@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safeopt import artifact, names, ops  # noqa: F401 (ops: registers torch.ops.safeopt)
+from safeopt.progress import bar
 
 Batch: TypeAlias = Mapping[str, Any]
 """`input_ids`, `attention_mask`, `labels`: int64 of shape (rows, tokens); `texts`: the prompts."""
@@ -145,7 +146,7 @@ def score(
             raise ValueError(f"{type(model).__name__} has no weight that {scorer.method} can score")
         observation = scorer.start(model, targets)
         try:
-            for batch in _bar(batches, progress, f"score ({scorer.method})"):
+            for batch in bar(batches, progress, f"score ({scorer.method})", "batch"):
                 prompts.extend(texts(batch))
                 observation.observe(_to(batch, next(model.parameters()).device))
             if not prompts:
@@ -286,13 +287,3 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for weight, (requires_grad, grad) in flags.items():
             weight.requires_grad_(requires_grad)
             weight.grad = grad
-
-
-def _bar(batches: Iterable[Batch], progress: bool, title: str) -> Iterable[Batch]:
-    if not progress:
-        return batches
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return batches
-    return tqdm(batches, desc=title, unit="batch")

@@ -20,6 +20,7 @@ MAX_FILE, MAX_FUNCTION = 300, 60
 ALLOWED = {
     "_version": "",
     "names": "",
+    "progress": "",
     "artifact": "names _version",
     "bitmask": "",
     "mask": "artifact names bitmask",
@@ -31,9 +32,9 @@ ALLOWED = {
     "direction_checks": "operators pair weights",
     "direction": "artifact direction_checks names operators pair weights",
     "penalty": "direction names",
-    "scores": "artifact names ops",
+    "scores": "artifact names ops progress",
     "selection": "mask ops scores",
-    "methods": "artifact data direction evaluate mask names operators pair penalty scores"
+    "methods": "artifact data direction evaluate mask names operators pair penalty progress scores"
     " selection targets train units weights",
     "ops": "bitmask",
     "optim": "artifact direction mask names operators ops penalty scores weights",

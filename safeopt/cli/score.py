@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safeopt.cli.options import ROWS, WITH_RESPONSE, add_model, add_number
 from safeopt.compare.scoring import METHODS, scoring_batches
 from safeopt.compare.sets import load_rows
 from safeopt.environment import pick_device
 from safeopt.methods import SSAH
-from safeopt.methods.channel_moments import TOKENS
+from safeopt.methods.linear_inputs import Tokens
 from safeopt.scores import Scorer
 from safeopt.units import UnitMap
 
@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        choices=TOKENS,
+        choices=get_args(Tokens),
         help="with ssah and wanda: what counts, tokens of the response (default) or all of them",
     )
     parser.add_argument(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 Point = dict[str, Any]
-T = TypeVar("T")
 
 
 class Points:
@@ -96,14 +94,3 @@ def described(name: str, measure: Any, cache: Any) -> dict[str, Any]:
             " that returns its settings as JSON values, as OverRejection has, or no cache"
         )
     return dict(arguments()) if arguments else {}
-
-
-def bar(items: Sequence[T], progress: bool, title: str, unit: str) -> Iterable[T]:
-    """The items, with a bar on stderr if that is wanted and tqdm is installed."""
-    if not progress:
-        return items
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, desc=title, unit=unit)

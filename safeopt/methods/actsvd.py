@@ -10,7 +10,7 @@ smaller of X X^T and (W X)(W X)^T is added up, in float64, and U follows from it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from safeopt import artifact, names
 from safeopt.methods.linear_inputs import LinearInputs, Tokens, require_tokens
 from safeopt.methods.low_rank_edit import LowRankEdit, keep_weights, matrix, wide
+from safeopt.progress import bar
 from safeopt.scores import Batch, texts
 from safeopt.targets import scorable
 
@@ -108,7 +109,7 @@ def actsvd(
     }
     found: dict[str, tuple[Tensor, Tensor]] = {}
     with keep_weights(model, list(targets) if sequential else []):
-        for group in _bar(list(groups.values()), progress):
+        for group in bar(list(groups.values()), progress, "actsvd", "layer"):
             ours = output_spaces(model, safety, safety_directions, parameters=group, tokens=tokens)
             theirs = None
             if utility_directions:
@@ -281,13 +282,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _bar(groups: Sequence[list[str]], progress: bool) -> Iterable[list[str]]:
-    if not progress:
-        return groups
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return groups
-    return tqdm(groups, desc="actsvd", unit="layer")

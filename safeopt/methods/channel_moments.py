@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from safeopt import names
-from safeopt.scores import IGNORED, Batch, texts
+from safeopt.methods.linear_inputs import Tokens, counted
+from safeopt.scores import Batch, texts
 from safeopt.units import UnitGroup, UnitMap
 from safeopt.units.experts import expert_channels, routing
-
-TOKENS = ("response", "all")
 
 
 class Moments:
@@ -63,7 +62,7 @@ class MomentHooks:
         ValueError: an expert that is a module of its own, which sees tokens of unknown origin.
     """
 
-    def __init__(self, model: nn.Module, units: UnitMap, tokens: str) -> None:
+    def __init__(self, model: nn.Module, units: UnitMap, tokens: Tokens) -> None:
         self._model = model
         self._tokens = tokens
         self._shape: tuple[int, ...] = ()
@@ -143,28 +142,3 @@ class MomentHooks:
                 f" channels) with {rows} rows and {tokens} tokens; its tokens cannot be told apart"
             )
         return x.reshape(-1, x.shape[-1]).index_select(0, self._chosen.to(x.device))
-
-
-def counted(batch: Batch, tokens: str) -> Tensor:
-    """Which tokens count: bool (rows, tokens).
-
-    Raises:
-        ValueError: a prompt without one; the message names it.
-    """
-    real = batch.get("attention_mask")
-    real = torch.ones_like(batch["input_ids"]) if real is None else real
-    where = real.bool()
-    if tokens == "response":
-        if batch.get("labels") is None:
-            raise ValueError(
-                "tokens='response' and the batch has no 'labels'; give rows with an instruction and"
-                " a response, or tokens='all' for both sets"
-            )
-        where = where & (batch["labels"] != IGNORED)
-    for text, some in zip(texts(batch), where.any(1).tolist(), strict=True):
-        if not some:
-            raise ValueError(
-                f"no {tokens} tokens for the prompt {text!r}; give it a response, room for it"
-                " within max_length, or use tokens='all' for both sets"
-            )
-    return where

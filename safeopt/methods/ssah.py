@@ -11,13 +11,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safeopt import names
-from safeopt.methods.channel_moments import TOKENS, MomentHooks
+from safeopt.methods.channel_moments import MomentHooks
+from safeopt.methods.linear_inputs import Tokens, require_tokens
 from safeopt.scores import Batch, score
 from safeopt.units import UnitGroup, UnitMap
 
@@ -50,13 +51,12 @@ class SSAH:
     """
 
     units: UnitMap
-    tokens: Literal["response", "all"] = "response"
+    tokens: Tokens = "response"
 
     method = "ssah"
 
     def __post_init__(self) -> None:
-        if self.tokens not in TOKENS:
-            raise ValueError(f"tokens is {self.tokens!r}; it must be one of {TOKENS}")
+        require_tokens(self.tokens)
 
     def arguments(self) -> dict[str, Any]:
         """The settings as JSON values; the units by their digest."""

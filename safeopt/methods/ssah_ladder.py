@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from safeopt import artifact, names
 from safeopt.evaluate.ablation import ablated
-from safeopt.evaluate.points import Points, bar, described
+from safeopt.evaluate.points import Points, described
 from safeopt.methods.ssah_groups import attribute_groups
 from safeopt.methods.unit_scaling import Normalise
+from safeopt.progress import bar
 from safeopt.scores import Scores
 from safeopt.units import Selection, UnitMap
 

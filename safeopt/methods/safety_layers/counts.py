@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from safeopt import artifact, names
-from safeopt.evaluate.points import Points, bar, described
+from safeopt.evaluate.points import Points, described
 from safeopt.methods.safety_layers.blocks import blocks_of
 from safeopt.methods.safety_layers.scaling import scaled
+from safeopt.progress import bar
 
 Count = Callable[[Any], int | Mapping[str, int]]
 """From a model to its number of refused harmless prompts, or to one by each detector: the first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from safeopt.data import Batch, batches
 from safeopt.evaluate.generate import evaluating, require_prompts
 from safeopt.methods.safety_layers.blocks import Blocks, blocks_of
+from safeopt.progress import bar
 
 ALPACA = (
     "{{ bos_token }}Below is an instruction that describes a task. Write a response that"
@@ -61,7 +62,9 @@ def hidden_states(
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2**31
     rows = [{"instruction": prompt} for prompt in prompts]
     made = batches(tokenizer, rows, batch_size, max_length=longest)
-    found = [_last_states(model, batch, known) for batch in _bar(made, progress)]
+    found = [
+        _last_states(model, batch, known) for batch in bar(made, progress, "hidden states", "batch")
+    ]
     return torch.cat(found)
 
 
@@ -137,13 +140,3 @@ def _require_finite(states: Tensor, batch: Batch) -> None:
             f"the state after block {block} is NaN or infinite on the prompt {prompt!r}; run the"
             " model in float32 or bfloat16, or look for damaged weights"
         )
-
-
-def _bar(made: list[Batch], progress: bool) -> Iterable[Batch]:
-    if not progress:
-        return made
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return made
-    return tqdm(made, desc="hidden states", unit="batch")
