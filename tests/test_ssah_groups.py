@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from unit_cases import batch, make
+from unit_cases import batch, make, safety_and_utility
 
 from safeopt.methods.ssah import SSAH
 from safeopt.methods.ssah_groups import ATTRIBUTES, PRESETS, attribute_groups, transitions
@@ -30,8 +30,7 @@ def units(model):
 @pytest.fixture(scope="module")
 def scored(model, units):
     """Safety and utility scores of a real model, on different rows."""
-    scorer = SSAH(units=units)
-    return tuple(score(model, [batch(seed=s)], scorer, progress=False) for s in (1, 2))
+    return safety_and_utility(model, units)
 
 
 def normalised(units, scores, how):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from test_ablation import bits, logits, same
-from unit_cases import batch, make
+from unit_cases import batch, make, safety_and_utility
 
 from safeopt import data, evaluate, organism
 from safeopt.evaluate.ablation import ablated
@@ -31,8 +31,7 @@ def units(model):
 
 @pytest.fixture(scope="module")
 def scored(model, units):
-    scorer = SSAH(units=units)
-    return tuple(score(model, [batch(seed=s)], scorer, progress=False) for s in (1, 2))
+    return safety_and_utility(model, units)
 
 
 class Size:

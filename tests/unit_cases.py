@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from safeopt.methods import SSAH
+from safeopt.scores import Scores, score
+from safeopt.units import UnitMap
+
 SMALL = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": None,
@@ -70,3 +74,10 @@ def batch(rows: int = 3, tokens: int = 9, seed: int = 5, *, left: bool = True) -
         labels[row, : first + 2] = -100
     labels[real == 0] = -100
     return {"input_ids": ids, "attention_mask": real, "labels": labels}
+
+
+def safety_and_utility(model: Any, units: UnitMap) -> tuple[Scores, Scores]:
+    """SSAH scores of the model on two different batches."""
+    scorer = SSAH(units=units)
+    safety, utility = (score(model, [batch(seed=s)], scorer, progress=False) for s in (1, 2))
+    return safety, utility
