@@ -126,14 +126,13 @@ def _start(
         directions = Directions(loaded, folder, settings.direction_rank, tune)
         seen = directions.of("safelora")
     sized = {"batch_size": settings.batch_size, "max_length": settings.max_length}
-    regions = sets.utility and Regions(
-        loaded,
-        *(
+    regions = None
+    if sets.utility:
+        both = (
             scoring_batches(tokenizer, rows, "refusal_nll", **sized)
             for rows in (sets.identify, sets.utility)
-        ),
-        progress=progress,
-    )
+        )
+        regions = Regions(loaded, *both, progress=progress)
     return Start(
         model=loaded,
         tokenizer=tokenizer,
@@ -144,7 +143,7 @@ def _start(
         settings=settings,
         first=measure(loaded, tokenizer, sets, settings, loaded, critical, seen),
         directions=directions,
-        regions=regions or None,
+        regions=regions,
     )
 
 
