@@ -22,6 +22,7 @@ from safeopt.compare.regions import Regions
 from safeopt.compare.run import run_file
 from safeopt.methods import alignment_budget, attribute_groups, freeze_mask, set_difference
 from safeopt.methods.ssah_groups import PRESETS
+from safeopt.methods.unit_scaling import Scaling
 
 VALUES = {"fraction": "0.2", "layers": "1-2"}
 LAYERS = 4
@@ -108,6 +109,10 @@ def test_the_masks_are_those_of_the_methods() -> None:
     assert mask_of("ssah:0.2").digest() == paper.digest()
     few = attribute_groups(units, safety, utility, {**ratios, "ESU": 0.01})
     assert mask_of("ssah:0.01").digest() == units.mask(few.selected("ESU")).digest()
+    values = torch.cat(list(Scaling(units, utility, "zscore")(utility).values()))
+    most = torch.zeros(len(values), dtype=torch.bool)
+    most[values.topk(paper.manifest["counts"]["units"]["selected"]).indices] = True
+    assert mask_of("ssah-utility:0.2").digest() == units.mask(units.split(most)).digest()
     budget = alignment_budget(units, utility, safety, share=0.2)
     assert mask_of("ssah-budget:0.2").digest() == budget.digest()
     for scorer in ("snip", "wanda"):
