@@ -134,6 +134,30 @@ class BitMask:
         """The same mask with its bits on `device`."""
         return replace(self, bits=self.bits.to(device))
 
+    def cut(self, box: tuple[slice, ...]) -> BitMask | None:
+        """The mask of a part of the tensor, or None where the part is empty.
+
+        Args:
+            box: the part, one slice with start and stop per dimension. Where it is some of the
+                first dimension only, as under FSDP2, the rest of the mask is not unpacked.
+        """
+        shape = torch.Size(place.stop - place.start for place in box)
+        if not math.prod(shape):
+            return None
+        if self.nbits == 1:
+            return BitMask(self.bits, 1, 1, shape)
+        if shape == self.shape:
+            return self
+        if shape[1:] != self.shape[1:]:
+            return BitMask.from_bool(self.to_bool()[box])
+        if self.granularity == "column" and len(shape) > 1:
+            return replace(self, shape=shape)
+        each = self.nbits // self.shape[0]  # units of one entry of the first dimension
+        first, last = box[0].start * each, box[0].stop * each
+        units = unpack(self.bits[first // 8 : -(-last // 8)], -(-last // 8) * 8 - first // 8 * 8)
+        bits = _pack(units[first % 8 : first % 8 + last - first])
+        return BitMask(bits, self.span, last - first, shape)
+
     def shuffled(self, seed: int) -> BitMask:
         """As many units as here, drawn uniformly; the same for a seed on every device."""
         wanted = self.count_units()

@@ -176,3 +176,28 @@ def test_shuffle_draws_every_unit_equally_often(monkeypatch: pytest.MonkeyPatch)
         share = hits.float() / 2000  # type: ignore[union-attr]
         # Four standard deviations of a share of 2000 draws.
         assert (share - wanted / 11).abs().max() < 4 * (0.25 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize("kind", ["weight", "row", "column", "tensor"])
+@pytest.mark.parametrize("shape", [(37, 53), (3, 5, 11), (4097,), (61, 1), (1, 61), (16, 8)], ids=str)
+def test_cut_is_the_mask_of_the_part(kind, shape):
+    draw = torch.Generator().manual_seed(3)
+    if kind == "weight":
+        mask = BitMask.from_bool(torch.rand(shape, generator=draw) < 0.4)
+    elif kind == "row":
+        mask = BitMask.from_rows(torch.rand(shape[:-1], generator=draw) < 0.4, shape)
+    elif kind == "column":
+        mask = BitMask.from_columns(torch.rand(shape[-1], generator=draw) < 0.4, shape)
+    else:
+        mask = BitMask.whole(shape)
+    whole, n = mask.to_bool(), shape[0]
+    rest = tuple(slice(0, size) for size in shape[1:])
+    boxes = [(slice(a, b), *rest) for a, b in [(0, n), (0, n // 2), (n // 2, n), (n // 3, n // 2)]]
+    boxes += [tuple(slice(size // 3, size) for size in shape)]
+    for box in boxes:
+        part = mask.cut(box)
+        if part is None:
+            assert whole[box].numel() == 0
+        else:
+            assert torch.equal(part.to_bool(), whole[box])
+            assert part.shape == whole[box].shape

@@ -21,6 +21,7 @@ ALLOWED = {
     "_version": "",
     "names": "",
     "progress": "",
+    "sharding": "",
     "artifact": "names _version",
     "bitmask": "",
     "mask": "artifact names bitmask",
@@ -37,7 +38,7 @@ ALLOWED = {
     "methods": "artifact data direction evaluate mask names operators pair penalty progress scores"
     " selection targets train units weights",
     "ops": "bitmask",
-    "optim": "artifact direction mask names operators ops penalty scores weights",
+    "optim": "artifact bitmask direction mask names operators ops penalty scores sharding weights",
     "data": "",
     "checkpoint": "artifact data",
     "train": "checkpoint data",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -15,6 +15,7 @@ from safeopt.names import require
 from safeopt.optim.live import AllLive
 from safeopt.optim.starting_values import Source, StartingValues
 from safeopt.scores import Scores
+from safeopt.sharding import add_up, box, cut, is_sharded, local
 
 Shares: TypeAlias = Scores | SafetyMask | Literal["uniform"]
 Mode: TypeAlias = Literal["coupled", "decoupled"]
@@ -37,7 +38,8 @@ class Anchor:
         self._given = given
         self._mean = 0.0  # until it is needed
         self._start = StartingValues(values)
-        self._shares: dict[str, Tensor | None] = {}
+        self._drawn: set[str] = set()
+        self._shares: dict[Hashable, Tensor] = {}
         self._asleep: set[str] = set()
         self._all_live = AllLive()
 
@@ -61,7 +63,7 @@ class Anchor:
         return cls(anchor, values, options)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shares
+        return name in self._drawn
 
     def check_names(self, names: Iterable[str]) -> None:
         """Check that the anchor fits the parameters of an optimizer.
@@ -72,7 +74,7 @@ class Anchor:
         """
         if not isinstance(self._given, str):
             require(self._given, list(names), "anchor")
-        if self._asleep and not self._shares:
+        if self._asleep and not self._drawn:
             raise ValueError(
                 f"anchor names {len(self._asleep)} of these parameters and all have"
                 " requires_grad=False: nothing would be drawn. Build the optimizer after unfreezing"
@@ -101,10 +103,9 @@ class Anchor:
             return
         self._mean = self._mean or self._measured()
         self._start.take(wanted)
-        shares = {name: self._share(name, self._start.of(name, p)) for name, p in wanted.items()}
         group["anchor_digest"] = self._digest(wanted)
         group["anchor_values_digest"] = self._start.digest(wanted)
-        self._shares |= shares
+        self._drawn |= wanted.keys()
         self._asleep |= asleep
 
     def pulls(self, name: str, param: Tensor, group: dict[str, Any]) -> bool:
@@ -121,7 +122,7 @@ class Anchor:
                 f"{name!r} is to be drawn to its starting value, but that was not taken: {was} when"
                 " the optimizer was built. Build it with anchor_strength above 0, after unfreezing"
             )
-        return name in self._shares
+        return name in self._drawn
 
     def rule(self, param: Tensor, live_bit: bool) -> tuple[Tensor, Tensor, int, int, int]:
         """(bits, starts, span, nbits, offset) of a wholly live parameter, as the op takes them."""
@@ -136,26 +137,25 @@ class Anchor:
         had from elsewhere. Not before the first step: distributed checkpoints take a state that
         holds anything for a whole one.
         """
-        value, share = self._start.of(name, param), self._shares[name]
-        if share is not None and share.device != value.device:
-            share = self._shares[name] = share.to(value.device)
+        value = self._start.of(name, param)
         if self._start.saved:
             state["anchor"] = value
-        return value, share
+        return value, self._share(name, param, value.device)
 
     def restore(self, name: str, state: dict[str, Tensor]) -> None:
         """Put the starting value that a checkpoint holds in place of the one taken before."""
-        if name in self._shares and self._start.saved and "anchor" in state:
+        if name in self._drawn and self._start.saved and "anchor" in state:
             state["anchor"] = self._start.restore(name, state["anchor"])
 
     def energy(self, name: str, param: Tensor, live: Tensor | None) -> Tensor:
         """Sum of s (p - a)^2 over a parameter, or over its elements where `live` is true: 0-d."""
-        value, share = self._start.of(name, param), self._shares[name]
+        value = self._start.of(name, param)
+        share = self._share(name, param, value.device)
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        squares = (param.detach().to(dtype) - value.to(param.device, dtype)).square_()
+        squares = (local(param).detach().to(dtype) - value.to(param.device, dtype)).square_()
         if share is not None:
             squares.mul_(share.to(param.device))
-        return (squares if live is None else squares.mul_(live.view(param.shape))).sum()
+        return (squares if live is None else squares.mul_(live.view(squares.shape))).sum()
 
     def _covers(self, name: str, param: Tensor) -> bool:
         if isinstance(self._given, str):
@@ -185,7 +185,8 @@ class Anchor:
         """The mean of the scores, by which they are divided; 1 for what is 0 or 1 already."""
         mean = 1.0
         if isinstance(self._given, Scores):
-            total = sum(float(t.sum(dtype=torch.float64)) for t in self._given.values())
+            sums = (add_up(local(t).sum(dtype=torch.float64), t) for t in self._given.values())
+            total = sum(map(float, sums))
             # Rounded, so that shares do not depend on the order in which a machine adds.
             mean = float(f"{total / max(1, self._given.count()):.7g}")
         if not mean or (isinstance(self._given, SafetyMask) and not self._given.count()):
@@ -195,12 +196,21 @@ class Anchor:
             )
         return mean
 
-    def _share(self, name: str, value: Tensor) -> Tensor | None:
+    def _share(self, name: str, param: Tensor, device: torch.device) -> Tensor | None:
+        """Shares of (this rank's part of) a parameter, on the device of its starting value."""
         if isinstance(self._given, str):
             return None
-        if isinstance(self._given, SafetyMask):
-            return self._given[name].to_bool(value.device).float()
-        return (self._given[name] / self._mean).to(value.device)
+        key = name, device, getattr(param, "placements", None)
+        if key not in self._shares:
+            given = self._given[name]
+            if isinstance(given, Tensor):
+                part = local(given) if is_sharded(given) else cut(given, param)
+                self._shares[key] = (part / self._mean).to(device)
+            else:
+                mask = given.cut(box(param))
+                bits = mask.to_bool(device) if mask else local(param).new_zeros(()).bool()
+                self._shares[key] = bits.float().expand(local(param).shape)
+        return self._shares[key]
 
     def _digest(self, names: Iterable[str]) -> str:
         """Hash of what draws these parameters: the scores as given, the same on every device."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from safeopt import ops
+from safeopt.sharding import is_sharded, local
 
 SixLists: TypeAlias = tuple[list[Any], list[Any], list[Any], list[Any], list[Any], list[Any]]
 
@@ -50,10 +51,12 @@ def step_columns(
 ) -> None:
     """One step of the tensors in `columns`, the thirteen list arguments of the op in its order.
 
-    Columns of max_exp_avg_sqs, anchors and shares may be empty. Starting values that lie on another
+    Columns of max_exp_avg_sqs, anchors and shares may be empty. Of sharded parameters the op sees
+    this rank's part; where nothing of it is live, only its step is counted. Starting values that lie on another
     device than their parameter are brought there one at a time, so that no second copy of the model
     comes to be on it.
     """
+    columns = _here(columns, options["found_inf"])
     if not columns[0]:
         return
     # By name: a call of the bare op would turn a tensor lr into a float.
@@ -75,6 +78,18 @@ def step_columns(
         kernel(*rows, live_bit, **options)
         if not torch.compiler.is_compiling():  # compiled graphs see to it themselves
             torch.autograd.graph.increment_version(parameters)
+
+
+def _here(columns: list[list[Any]], found_inf: Tensor | None) -> list[list[Any]]:
+    """The columns with local parameters and gradients, without those where nothing is live."""
+    if not any(is_sharded(p) for p in columns[0]):
+        return columns
+    kept = [i for i, moment in enumerate(columns[2]) if moment.numel()]
+    for i, step in enumerate(columns[5]):
+        if i not in kept:
+            step.add_(1 if found_inf is None else 1 - found_inf.to(step.device, step.dtype))
+    columns = [[column[i] for i in kept] if column else [] for column in columns]
+    return [[local(t) for t in column] for column in columns[:2]] + columns[2:]
 
 
 def _batches(columns: list[list[Any]]) -> list[tuple[torch.device, list[int]]]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safeopt import ops
+from safeopt.bitmask import BitMask
 from safeopt.mask import SafetyMask
 from safeopt.names import canonical, require
+from safeopt.sharding import box, is_sharded, local
 
 Rule = tuple[Tensor, int, int, int, bool]
 
@@ -20,7 +22,8 @@ Rule = tuple[Tensor, int, int, int, bool]
 class LiveSet:
     """A safety mask and what happens to its selection: frozen, or the only thing to train.
 
-    Parameters are met by canonical name, each time anew, because sharding swaps the tensors.
+    Parameters are met by canonical name, each time anew, because sharding swaps the tensors. The
+    mask is whole; what rules a sharded parameter is cut from it when a step first meets it.
     """
 
     def __init__(self, mask: SafetyMask, argument: str) -> None:
@@ -28,8 +31,9 @@ class LiveSet:
         self.live_bit = argument == "train"
         self._mask = mask
         self._selected = {name: bits.count() for name, bits in mask.items()}
-        self._bits: dict[tuple[str, torch.device], Tensor] = {}
-        self._starts: dict[tuple[str, torch.device, bool], Tensor] = {}
+        self._parts: dict[Hashable, tuple[BitMask | None, int]] = {}
+        self._bits: dict[Hashable, Tensor] = {}
+        self._starts: dict[Hashable, Tensor] = {}
         if not any(self._selected.values()):
             effect = "nothing will train" if self.live_bit else "nothing is protected"
             warnings.warn(f"the {argument}= mask selects no weight: {effect}", stacklevel=4)
@@ -56,10 +60,10 @@ class LiveSet:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bits": {}, "_starts": {}}
+        return {**self.__dict__, "_parts": {}, "_bits": {}, "_starts": {}}
 
     def count(self, name: str, param: Tensor) -> int:
-        """Number of live elements of a parameter.
+        """Number of live elements of a parameter, of all its parts together.
 
         Raises:
             ValueError: mask and parameter differ in shape.
@@ -69,41 +73,61 @@ class LiveSet:
         if self._mask[name].shape != param.shape:
             raise ValueError(
                 f"{self.argument}= mask for {name!r} has shape {tuple(self._mask[name].shape)}, the"
-                f" parameter has {tuple(param.shape)}: the mask was made for another model, or the"
-                " parameter was sharded or flattened since"
+                f" parameter has {tuple(param.shape)}: the mask was made for another model, or for a"
+                " part of this one. Masks of sharded models are given whole; each rank cuts its part"
             )
         selected = self._selected[name]
         return selected if self.live_bit else param.numel() - selected
 
-    def rule(self, name: str, device: torch.device) -> Rule:
-        """(bits, span, nbits, offset, live_bit) of a masked parameter, as `ops` takes them."""
-        mask = self._mask[name]
-        if (name, device) not in self._bits:
-            self._bits[name, device] = mask.bits.to(device)
-        return self._bits[name, device], mask.span, mask.nbits, 0, self.live_bit
+    def count_here(self, name: str, param: Tensor) -> int:
+        """Number of live elements of this rank's part of a masked parameter."""
+        return self._here(name, param)[1]
+
+    def rule(self, name: str, param: Tensor) -> Rule:
+        """(bits, span, nbits, offset, live_bit) of a masked parameter, as `ops` takes them.
+
+        Of a sharded one, of its part on this rank, which must not be empty.
+        """
+        mask, key = self._here(name, param)[0], _key(name, param)
+        assert mask is not None
+        if key not in self._bits:
+            self._bits[key] = mask.bits.to(param.device)
+        return self._bits[key], mask.span, mask.nbits, 0, self.live_bit
 
     def columns(self, name: str, param: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
         """(bits, starts, span, nbits, offset) of a masked parameter, as the op takes them.
 
         A complex parameter counts as the real one of twice its elements.
         """
-        device = param.device
-        bits, span, nbits, offset, live_bit = self.rule(name, device)
+        if not local(param).numel():  # the step leaves it out
+            return torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), 1, 1, 0
+        bits, span, nbits, offset, live_bit = self.rule(name, param)
         parts = 2 if param.is_complex() else 1
-        key = (name, device, parts == 2)
+        key = (_key(name, param), parts)
         if key not in self._starts:
             # From the mask's own bits: they are on the CPU, where the counting is done.
-            counted = (self._mask[name].bits, parts * span, nbits, parts * offset, live_bit)
-            starts = ops.live_starts(parts * param.numel(), *counted)
-            self._starts[key] = starts.to(device)
+            own, elements = self._here(name, param)[0], local(param).numel()
+            assert own is not None
+            counted = (own.bits, parts * span, nbits, parts * offset, live_bit)
+            self._starts[key] = ops.live_starts(parts * elements, *counted).to(param.device)
         return bits, self._starts[key], parts * span, nbits, parts * offset
+
+    def _here(self, name: str, param: Tensor) -> tuple[BitMask | None, int]:
+        """(mask, live elements) of this rank's part; (None, 0) where it is empty."""
+        if not is_sharded(param):
+            return self._mask[name], self.count(name, param)
+        key = _key(name, param)
+        if key not in self._parts:
+            mask = self._mask[name].cut(box(param))
+            live = 0 if mask is None else mask.count() if self.live_bit else (~mask).count()
+            self._parts[key] = mask, live
+        return self._parts[key]
 
     def members(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
         """(canonical name, parameter, live elements) of each parameter of a group, in order.
 
         Raises:
-            ValueError: parameters without names, or fewer or more of them than names.
-            NotImplementedError: sharded parameters (DTensor).
+            ValueError: as `named`; another shape than the mask's.
         """
         for name, param in named(group, self.argument):
             yield name, param, self.count(name, param)
@@ -154,10 +178,11 @@ class AllLive:
 
     def columns(self, param: Tensor, live_bit: bool) -> tuple[Tensor, Tensor, int, int, int]:
         """(bits, starts, span, nbits, offset), as `LiveSet.columns`."""
-        key = (param.numel(), param.device, live_bit)
+        numel = local(param).numel()
+        key = (numel, param.device, live_bit)
         if key not in self._known:
             bits = torch.tensor([int(live_bit)], dtype=torch.uint8)
-            starts = ops.live_starts(param.numel(), bits, 1, 1, 0, live_bit)
+            starts = ops.live_starts(numel, bits, 1, 1, 0, live_bit)
             self._known[key] = bits.to(param.device), starts.to(param.device)
         return *self._known[key], 1, 1, 0
 
@@ -166,8 +191,7 @@ def named(group: dict[str, Any], argument: str) -> Iterator[tuple[str, Tensor]]:
     """(canonical name, parameter) of each parameter of a group, in order.
 
     Raises:
-        ValueError: parameters without names, or fewer or more of them than names.
-        NotImplementedError: sharded parameters (DTensor).
+        ValueError: parameters without names, or flattened ones (DeepSpeed, FSDP1).
     """
     names, params = group.get("param_names"), group["params"]
     if names is None:
@@ -179,16 +203,25 @@ def named(group: dict[str, Any], argument: str) -> Iterator[tuple[str, Tensor]]:
     if len(names) != len(params):
         raise ValueError(
             f"the group has {len(params)} parameters and {len(names)} names: something replaced its"
-            f" parameters (DeepSpeed and FSDP1 flatten them). {argument}= needs the original ones:"
-            " use DDP or one process"
+            f" parameters{_FLAT.format(argument)}"
         )
     for name, param in zip(map(canonical, names), params, strict=True):
-        if hasattr(param, "device_mesh"):
-            raise NotImplementedError(
-                f"{argument}= does not rule sharded parameters yet, and {name!r} is a DTensor:"
-                " train this model with DDP or in one process"
-            )
+        if name.endswith("_flat_param"):
+            raise ValueError(f"{name!r} is a flattened parameter{_FLAT.format(argument)}")
+        if hasattr(param, "ds_id"):
+            raise ValueError(f"{name!r} is partitioned by DeepSpeed{_FLAT.format(argument)}")
         yield name, param
+
+
+_FLAT = (
+    " (DeepSpeed ZeRO and FSDP1 flatten or partition them), and {}= rules elements of the original"
+    " ones. Shard with FSDP2 (torch.distributed.fsdp.fully_shard; accelerate: fsdp_version 2), or"
+    " use DDP; for DeepSpeed ZeRO 1 and 2 see safeopt.integrations.deepspeed"
+)
+
+
+def _key(name: str, param: Tensor) -> Hashable:
+    return name, param.device, getattr(param, "placements", None)
 
 
 def require_freezable(mask: SafetyMask, what: str) -> None:

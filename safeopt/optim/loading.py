@@ -1,15 +1,20 @@
-"""Fitting a loaded optimizer state: same parameters, same mask, same anchor, compact moments."""
+"""A state on its way out and in: expanded where parameters are sharded; same parameters, mask and
+anchor, and compact moments, when it is loaded.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from safeopt import ops
 from safeopt.names import canonical
 from safeopt.optim.anchor import Anchor
 from safeopt.optim.live import LiveSet, named
+from safeopt.sharding import cut, is_sharded, is_uncut, local, wrap, zeros
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 OPTIONS: dict[str, Any] = {"anchor_strength": 0.0, "anchor_mode": "coupled"}
@@ -36,13 +41,66 @@ def fit(groups: list[dict[str, Any]], loaded: dict[str, Any], live: LiveSet | No
         _check_same(own, new)
         _check_anchor(own, new)
         new["mask_digest"] = own["mask_digest"]
+        for p in filter(is_sharded, own["params"]):
+            for key, value in loaded["state"].get(p, {}).items():
+                if isinstance(value, Tensor) and is_uncut(p, value):
+                    loaded["state"][p][key] = wrap(cut(value, p).contiguous(), p)
         if live is None:
             continue
         for name, p, count in live.members(own):
             if count == 0:
                 loaded["state"].pop(p, None)
             elif count < p.numel() and p in loaded["state"]:
-                _compact(loaded["state"][p], name, p, count, live)
+                _compact(loaded["state"][p], name, p, live)
+
+
+def expand(
+    packed: dict[str, Any],
+    groups: list[dict[str, Any]],
+    members: Callable[[dict[str, Any]], Iterable[tuple[str, Tensor, int]]],
+    live: LiveSet | None,
+) -> None:
+    """Bring the state of sharded parameters to their shape, as DTensors, in a packed state dict.
+
+    Distributed checkpoints take a plain tensor for one that is whole on every rank, and want a
+    state for every parameter that requires a gradient: wholly frozen ones get zeros.
+
+    Args:
+        packed: from torch's `state_dict`; other parameters are left as they are.
+        groups: of the optimizer.
+        members: (canonical name, parameter, live elements) of a group.
+        live: the optimizer's live set.
+    """
+    state = packed["state"]
+    if not state:
+        return
+    for group, saved in zip(groups, packed["param_groups"], strict=True):
+        if not any(map(is_sharded, group["params"])):
+            continue
+        for number, (name, p, count) in zip(saved["params"], members(group), strict=True):
+            if not is_sharded(p):
+                continue
+            if count:
+                own = state.get(number)
+                if own:
+                    state[number] = {key: _full(value, name, p, live) for key, value in own.items()}
+            elif p.requires_grad:
+                moments = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+                state[number] = {"step": torch.zeros(()), **{key: zeros(p) for key in moments}}
+
+
+def _full(value: Any, name: str, p: Tensor, live: LiveSet | None) -> Any:
+    if not isinstance(value, Tensor) or not value.dim() or is_sharded(value):
+        return value
+    part = local(p)
+    if value.shape != part.shape:
+        flat = torch.zeros(part.numel(), dtype=value.dtype, device=value.device)
+        if value.numel():
+            assert live is not None  # else nothing is compact
+            where = ops.live_elements(part.numel(), *live.rule(name, p))
+            flat[ops.live_indices(where, value.numel())] = value
+        value = flat.view(part.shape)
+    return wrap(value, p)
 
 
 def settle(groups: list[dict[str, Any]], state: dict[Tensor, Any], anchor: Anchor | None) -> None:
@@ -94,15 +152,19 @@ def _check_anchor(own: dict[str, Any], new: dict[str, Any]) -> None:
         )
 
 
-def _compact(state: dict[str, Any], name: str, p: Tensor, count: int, live: LiveSet) -> None:
+def _compact(state: dict[str, Any], name: str, p: Tensor, live: LiveSet) -> None:
+    part, count = local(p), live.count_here(name, p)
     for key in MOMENTS:
-        moment = state.get(key)
-        if moment is None or moment.shape == (count,):
+        if key not in state:
             continue
-        if moment.shape != p.shape:
+        moment = state[key] = local(state[key])
+        if moment.shape == (count,):
+            continue
+        if moment.shape != part.shape:
             raise ValueError(
                 f"loaded {key} of {name!r} has shape {tuple(moment.shape)}; expected {(count,)}"
-                f" (saved with this mask) or {tuple(p.shape)} (saved by a plain AdamW)"
+                f" (saved with this mask) or {tuple(part.shape)} (saved by a plain AdamW). A state"
+                " that was saved without sharding holds live elements only, and cannot be sharded"
             )
-        where = ops.live_elements(p.numel(), *live.rule(name, moment.device))
-        state[key] = moment.reshape(-1)[ops.live_indices(where, count)]
+        where = ops.live_elements(part.numel(), *live.rule(name, p))
+        state[key] = moment.reshape(-1)[ops.live_indices(where.to(moment.device), count)]

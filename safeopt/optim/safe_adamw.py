@@ -16,9 +16,10 @@ from safeopt.mask import SafetyMask
 from safeopt.optim.anchor import ALONE, Anchor, Mode, Shares, check_options
 from safeopt.optim.calls import COLUMNS, SixLists, adam_options, step_columns, step_whole
 from safeopt.optim.live import LiveSet, named
-from safeopt.optim.loading import DIGESTS, OPTIONS, fit, settle
+from safeopt.optim.loading import DIGESTS, OPTIONS, expand, fit, settle
 from safeopt.optim.rows import row
 from safeopt.optim.starting_values import Source
+from safeopt.sharding import add_up, local, matched
 
 
 class SafeAdamW(torch.optim.AdamW):
@@ -70,7 +71,8 @@ class SafeAdamW(torch.optim.AdamW):
             that match no parameter; another shape; trainable LoRA adapters that a mask or scores do
             not name; a strength without anchor; scores that are all zero; on loading, the state of
             other parameters, of another mask or of another anchor.
-        NotImplementedError: a mask or an anchor with sharded parameters (DTensor).
+    Sharded parameters (DTensor: fully_shard, tensor parallel) are ruled by the same masks, given
+    whole; each rank steps its part, and nothing is gathered.
 
     Source: SPA and SET of ESI (arXiv 2604.08297). Differs from the authors' code: frozen elements
     are left out of decay and momentum as well; masking the gradient alone lets both move them.
@@ -189,10 +191,12 @@ class SafeAdamW(torch.optim.AdamW):
                 for name, p, count in self._members(group):
                     if p.grad is None or count == p.numel():
                         continue
+                    p.grad = matched(p.grad, p)
+                    gradient = local(p.grad)
                     if count == 0:
-                        p.grad.zero_()
+                        gradient.zero_()
                     else:
-                        p.grad.masked_fill_(~self._where(name, p).view(p.shape), 0)
+                        gradient.masked_fill_(~self._where(name, p).view(gradient.shape), 0)
 
     def live_count(self) -> tuple[int, int]:
         """(elements that may move, all elements) over every parameter group.
@@ -212,8 +216,8 @@ class SafeAdamW(torch.optim.AdamW):
 
         Returns:
             A 0-d tensor on the first parameter's device, float32, or float64 where that parameter
-            is. Reads weights, starting values and shares once; needs three float32 copies of one
-            tensor at a time.
+            is; the same on all ranks of sharded parameters. Reads weights, starting values and
+            shares once; needs three float32 copies of one tensor at a time.
         """
         first, anchor = self.param_groups[0]["params"][0], self._anchor
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -222,9 +226,20 @@ class SafeAdamW(torch.optim.AdamW):
             for name, p, count in self._members(group):
                 if anchor is not None and count and name in anchor:
                     live = self._where(name, p) if count < p.numel() else None
-                    energy = anchor.energy(name, p, live).to(total.device, dtype)
-                    total += group["anchor_strength"] * energy
+                    energy = add_up(anchor.energy(name, p, live), p)
+                    total += group["anchor_strength"] * energy.to(total.device, dtype)
         return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's AdamW has it, compact where a parameter is partly live.
+
+        That of sharded parameters is expanded to their shape, as DTensors, and wholly frozen ones
+        have zeros: distributed checkpoints can then be resumed on another number of ranks.
+        """
+        packed = super().state_dict()
+        if self._live is not None or self._anchor is not None:
+            expand(packed, self.param_groups, self._members, self._live)
+        return packed
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_live": self._live, "_anchor": self._anchor}
@@ -250,9 +265,12 @@ class SafeAdamW(torch.optim.AdamW):
         return ((name, p, p.numel()) for name, p in named(group, "anchor"))
 
     def _where(self, name: str, p: Tensor) -> Tensor:
-        """Which elements of a partly live parameter are live: bool, flat."""
+        """Which elements of (this rank's part of) a partly live parameter are live: bool, flat."""
         assert self._live is not None  # else no parameter is partly live
-        return ops.live_elements(p.numel(), *self._live.rule(name, p.device))
+        numel = local(p).numel()
+        if not numel:
+            return torch.zeros(0, dtype=torch.bool, device=p.device)
+        return ops.live_elements(numel, *self._live.rule(name, p))
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         """Collect what a step needs: six lists for wholly live parameters, as torch does, then the
@@ -267,9 +285,11 @@ class SafeAdamW(torch.optim.AdamW):
             if count == p.numel() and not pulled:
                 wholly.append(p)
             elif p.grad is not None and count > 0:
-                entries: list[Any] = row(self.state[p], group, p, count)
-                if count < p.numel() and self._live is not None:
-                    entries += self._live.columns(name, p)
+                partial = self._live if count < p.numel() else None
+                live = partial.count_here(name, p) if partial else local(p).numel()
+                entries: list[Any] = row(self.state[p], group, p, live)
+                if partial is not None:
+                    entries += partial.columns(name, p)
                 elif anchor is not None:
                     entries += anchor.rule(p, self._live_bit)
                 if pulled and anchor is not None:

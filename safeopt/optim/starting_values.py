@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safeopt import artifact
 from safeopt.names import canonical, require
+from safeopt.sharding import cut, is_sharded, local
 from safeopt.weights import files
 
 Source: TypeAlias = str | PathLike[str] | Mapping[str, Tensor] | None
@@ -42,6 +43,7 @@ class StartingValues:
             )
         self._source = source
         self._kept: dict[str, Tensor] = {}
+        self._parts: set[str] = set()  # names of which this rank's part is kept
         self._given = _given(source)
 
     @property
@@ -51,7 +53,7 @@ class StartingValues:
 
     def __getstate__(self) -> dict[str, Any]:
         mapped = isinstance(self._source, (str, PathLike)) and self._given is not None
-        return {**self.__dict__, "_given": None, "_kept": {}} if mapped else self.__dict__
+        return {**self.__dict__, "_given": None, "_kept": {}, "_parts": set()} if mapped else self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -69,12 +71,19 @@ class StartingValues:
         if self._given is not None:
             require(params, self._given, "anchor_values")
         self._kept |= {name: self._value(name, p) for name, p in params.items()}
+        self._parts |= {name for name, p in params.items() if is_sharded(p)}
 
     def of(self, name: str, param: Tensor) -> Tensor:
-        """The value of a parameter; copies kept beside it follow it to another device."""
-        given = self._given
-        if name not in self._kept and given is not None:  # after unpickling
+        """The value of a parameter; copies kept beside it follow it to another device.
+
+        Of a sharded one, that of this rank's part. Where it was not sharded when the value was
+        taken, given ones are cut now and others taken again: the first step is the start, and only
+        the first rank may have had the weights before (accelerate loads them so).
+        """
+        uncut = is_sharded(param) and name not in self._parts
+        if uncut or (name not in self._kept and self._given is not None):  # or after unpickling
             self._kept[name] = self._value(name, param)
+            self._parts |= {name} if uncut else set()
         value = self._kept[name]
         if self._source is None and value.device != param.device:
             value = self._kept[name] = value.to(param.device)
@@ -82,19 +91,23 @@ class StartingValues:
 
     def restore(self, name: str, value: Tensor) -> Tensor:
         """Put a value from a checkpoint in place of what was taken; returns it as it is kept."""
+        if is_sharded(value):
+            self._parts.add(name)
+        value = local(value)
         self._kept[name] = value.to("cpu") if self._source == "cpu" else value
         return self._kept[name]
 
     def digest(self, names: Iterable[str]) -> str:
         """Hash of given values, or "" where the optimizer's checkpoint holds them."""
-        if self.saved:
+        if self._given is None:
             return ""
-        return artifact.fingerprint({name: self._kept[name] for name in names})["weights"]
+        return artifact.fingerprint({name: self._given[name] for name in names})["weights"]
 
     def _value(self, name: str, param: Tensor) -> Tensor:
         if self._given is None:
             device = param.device if self._source is None else torch.device("cpu")
-            return param.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+            part = local(param.detach())
+            return part.to(device, copy=True, memory_format=torch.contiguous_format)
         value = self._given[name].detach()
         if not value.is_floating_point():
             raise TypeError(
@@ -112,6 +125,7 @@ class StartingValues:
             )
         if not torch.isfinite(value).all():
             raise ValueError(f"anchor_values of {name!r} hold NaN or infinity; give finite ones")
+        value = cut(value, param)
         # The kernels reckon in the dtype of the parameter, or in float32.
         wide = value.dtype == torch.float64 and param.dtype != torch.float64
         return value.to(param.dtype if wide else value.dtype).contiguous()
