@@ -17,7 +17,8 @@ from safeopt.direction_checks import (
     require_matrix,
     require_product,
 )
-from safeopt.operators import Operator, mixed, require_kind, require_rank
+from safeopt.operator_checks import require_kind, require_rank
+from safeopt.operators import Operator, mixed
 from safeopt.pair import Parameters, difference, matrices
 from safeopt.weights import Model, weights
 

@@ -7,7 +7,8 @@ below holds for each expert by itself. C is symmetric and acts on the left, on t
     subspace   C = U_k U_k^T               U_k: top k left singular vectors of V; a true projector
     vector     C = v v^T on vec(delta)     v = vec(V) / ||V||_F; a true projector
 
-The exact projector of AsFT's Eq. 3, V (V^T V)^-1 V^T, is none of them: see `EXACT_IS_IDENTITY`.
+The exact projector of AsFT's Eq. 3, V (V^T V)^-1 V^T, is none of them: see
+`operator_checks.EXACT_IS_IDENTITY`.
 Each has a complement, I - C.
 """
 
@@ -22,13 +23,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-KINDS = ("safelora", "subspace", "vector")
-EXACT_IS_IDENTITY = (
-    "the exact projector V (V^T V)^-1 V^T of AsFT's Eq. 3 is the identity on square or wide"
-    " matrices, where V has full row rank, so that its penalty is 0 whatever training does"
-)
-SMALL = 512  # up to this width the whole SVD is taken; above it, a randomised one
-OVERSAMPLE, POWERS = 16, 12
+from safeopt.sharding import add_up, box, is_sharded
+from safeopt.singular import SMALL, leading
+
 MARGIN = 1.05  # eigenvalues of C that the randomised SVD finds are at most 3 % too small
 
 
@@ -44,6 +41,7 @@ class Operator:
     shape: of the weight.
     counted: `stats` of what is held, before any complement.
     complemented: C is I minus what is held. I is out x out, for "vector" as large as vec(delta).
+    over: None, or the sharded weight of which this is one rank's part, see `part`.
     """
 
     form: str
@@ -52,10 +50,11 @@ class Operator:
     gains: Tensor | None
     counted: dict[str, list[float]]
     complemented: bool = False
+    over: Tensor | None = None
 
     @classmethod
     def of(cls, V: Tensor, kind: str, rank: int | None, seed: int) -> Operator:
-        """C of a difference; kind is one of `KINDS`, rank as `AlignmentDirection.between` says."""
+        """C of a difference; kind: `operator_checks.KINDS`; rank: `AlignmentDirection.between`."""
         norm = torch.linalg.vector_norm(V, dim=(-2, -1))
         inverse = torch.where(norm > 0, 1 / norm, 0.0)
         if kind == "vector":
@@ -148,6 +147,40 @@ class Operator:
         gains = None if self.gains is None else self.gains.to(device)
         return replace(self, basis=self.basis.to(device), gains=gains)
 
+    def part(self, weight: Tensor, *, factor: bool = False) -> Operator:
+        """The operator on this rank's part of a sharded weight, itself for any other weight.
+
+        Its arguments and results are parts, and its penalty is that of the whole. What ranks that
+        hold other rows exchange is Q^T delta, (k, in) per matrix, for "vector" one number; for
+        "gram" it is (in, in) and for "dense" (out, in).
+
+        Args:
+            weight: the parameter; its device plays no part.
+            factor: it is the B (out, r) of an adapter, with fewer columns than the matrix.
+        """
+        if not is_sharded(weight):
+            return self
+        *stack, rows, columns = box(weight)
+        if factor and columns != slice(0, weight.shape[-1]):
+            raise NotImplementedError(
+                f"the B of an adapter, of shape {tuple(weight.shape)}, is sharded along its rank:"
+                f" placements {weight.placements}; shard B along dimension 0"  # type: ignore
+            )
+        if factor or self.form != "vector":
+            columns = slice(None)
+        basis = self.basis[tuple(stack)]
+        basis = basis[..., rows] if self.form == "dense" else basis[..., rows, columns]
+        experts = stack[0] if stack else slice(None)
+        counted = {key: values[experts] for key, values in self.counted.items()}
+        return replace(
+            self,
+            shape=torch.Size((*basis.shape[:-2], *self.shape[-2:])),
+            basis=basis.contiguous(),
+            gains=None if self.gains is None else self.gains[tuple(stack)],
+            counted=counted,
+            over=weight,
+        )
+
     def apply(self, delta: Tensor) -> Tensor:
         """C delta; delta has the weight's shape, or another number of columns but for "vector"."""
         with _full_precision(delta.device):
@@ -158,7 +191,7 @@ class Operator:
     def penalty(self, delta: Tensor) -> Tensor:
         """||(I - C) delta||_F^2, 0-d, summed over experts; differentiable in delta."""
         with _full_precision(delta.device):
-            return self._across(_raised(delta)).square().sum()
+            return self._sum(self._across(_raised(delta)).square().sum())
 
     def gradient(self, delta: Tensor) -> Tensor:
         """2 (I - C)^2 delta: of `penalty`, whose value is half the inner product with delta."""
@@ -180,15 +213,32 @@ class Operator:
             B, A = _raised(B), _raised(A)
             if self.form != "vector":
                 X = self._across(B)
-                return scale**2 * ((X.mT @ X) * (A @ A.mT)).sum()
+                return scale**2 * (self._sum(X.mT @ X, -2) * (A @ A.mT)).sum()
             assert self.gains is not None
-            along = ((self.basis.to(B.dtype).mT @ B) * A.mT).sum((-2, -1))
+            along = (self._inner(B) * A.mT).sum((-2, -1))
             along = self.gains[..., 0] * along.square()
             if self.complemented:
                 return scale**2 * along.sum()
-            whole = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1))
+            whole = (self._sum(B.mT @ B, -2) * (A @ A.mT)).sum((-2, -1))
             # A difference of squares: rounding must not make a penalty negative.
             return scale**2 * (whole - along).clamp(min=0).sum()
+
+    def gradient_lora(self, B: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The gradients of `penalty_lora` in B and in A, both float32, or float64 if they are."""
+        with _full_precision(B.device):
+            B, A = _raised(B), _raised(A)
+            if self.form != "vector":
+                toward = self.gradient(B)
+                core = self._sum(B.mT @ toward, -2) * scale**2  # (r, r), symmetric
+                return toward @ (A @ A.mT) * scale**2, core @ A
+            assert self.gains is not None
+            inner = self._inner(B)
+            along = self.gains[..., None] * (inner * A.mT).sum((-2, -1), keepdim=True)
+            toward_B, toward_A = self.basis.to(B.dtype) @ A.mT * along, inner.mT * along
+            if not self.complemented:
+                toward_B = B @ (A @ A.mT) - toward_B
+                toward_A = self._sum(B.mT @ B, -2) @ A - toward_A
+            return 2 * scale**2 * toward_B, 2 * scale**2 * toward_A
 
     def random_like(self, seed: int) -> Operator:
         """An operator with these eigenvalues and random eigenvectors (for "vector", random v).
@@ -215,33 +265,22 @@ class Operator:
     def _times(self, x: Tensor, gains: Tensor | None) -> Tensor:
         basis = self.basis.to(x.dtype)
         if gains is None:
-            return basis @ x
+            found = self._sum(basis @ x, -2)
+            return found if self.over is None else found[..., box(self.over)[-2], :]
         if self.form == "vector":
-            return basis * ((basis * x).sum((-2, -1), keepdim=True) * gains[..., None])
-        return basis @ (gains[..., None] * (basis.mT @ x))
+            along = self._sum((basis * x).sum((-2, -1), keepdim=True), -2, -1)
+            return basis * (along * gains[..., None])
+        return basis @ (gains[..., None] * self._inner(x))
 
+    def _inner(self, x: Tensor) -> Tensor:
+        return self._sum(self.basis.to(x.dtype).mT @ x, -2)
 
-def leading(V: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The top k left singular vectors (..., out, k) and singular values (..., k) of V.
-
-    Exact up to a width of `SMALL`, or where k is most of the width. Above, by randomised subspace
-    iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4) with a generator
-    of its own: the global one is neither read nor moved. Values found so are never too large, and
-    about 1 % too small where the spectrum has no gap at all, as that of noise.
-    """
-    out, width = V.shape[-2:]
-    if min(out, width) <= SMALL or 2 * (k + OVERSAMPLE) >= min(out, width):
-        U, s, _ = torch.linalg.svd(V, full_matrices=False)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(width, k + OVERSAMPLE, generator=generator).to(V)
-        Q = torch.linalg.qr(V @ start).Q
-        for _ in range(POWERS):
-            Q = torch.linalg.qr(V.mT @ Q).Q
-            Q = torch.linalg.qr(V @ Q).Q
-        inner, s, _ = torch.linalg.svd(Q.mT @ V, full_matrices=False)
-        U = Q @ inner
-    return U[..., :k].clone(memory_format=torch.contiguous_format), s[..., :k].clone()
+    def _sum(self, value: Tensor, *dims: int) -> Tensor:
+        """Over the ranks that hold other parts along these dimensions of the weight, or any."""
+        if self.over is None:
+            return value
+        along = [dim % self.over.dim() for dim in dims] or None
+        return add_up(value.contiguous(), self.over, along)
 
 
 def mixed(seed: int, name: str) -> int:
@@ -257,36 +296,3 @@ def _full_precision(device: torch.device) -> AbstractContextManager[None]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-def require_kind(kind: str, rank: int | None) -> None:
-    """ValueError unless kind is one of `KINDS` and rank is what it takes; "exact" says why not."""
-    if kind == "exact":
-        raise ValueError(
-            f"operator='exact' is refused: {EXACT_IS_IDENTITY}; choose 'subspace' with a rank"
-        )
-    if kind not in KINDS:
-        raise ValueError(f"operator={kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank={rank!r}; give a whole number of at least 1, or None")
-    if kind == "vector" and rank is not None:
-        raise ValueError(f"rank={rank} with operator='vector', which has rank 1; leave rank out")
-    if kind == "subspace" and rank is None:
-        raise ValueError(
-            f"operator='subspace' needs rank=, such as 32; without, {EXACT_IS_IDENTITY}"
-        )
-
-
-def require_rank(name: str, shape: torch.Size, kind: str, rank: int | None) -> None:
-    """ValueError, naming the matrix, unless it has singular vectors for this rank."""
-    out, width = shape[-2:]
-    if rank is not None and rank > min(out, width):
-        raise ValueError(
-            f"rank={rank} is larger than {name!r} ({out} x {width}); give at most"
-            f" {min(out, width)}, or leave small matrices out with parameters="
-        )
-    if kind == "subspace" and rank == out:
-        raise ValueError(
-            f"rank={rank} is all of {name!r} ({out} x {width}), and the projector on everything is"
-            f" the identity; give at most {out - 1}"
-        )

@@ -23,7 +23,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, over the same memory; any other tensor as it is."""
+    """The part of a DTensor that this rank holds, in the same memory; a plain tensor as it is."""
     if not is_sharded(tensor):
         return tensor
     part = tensor.detach().to_local()  # type: ignore[attr-defined]
@@ -53,7 +53,7 @@ def box(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def cut(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a full tensor, a view, as `like` of the same shape is sharded."""
+    """The part of a full tensor that this rank holds of `like`, which has its shape: a view."""
     return full[box(like)] if is_sharded(like) else full
 
 

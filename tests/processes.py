@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "safeopt"]
+PRELOADED = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.checkpoint",
+    "safeopt",
+]
 
 
 def spawn(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:

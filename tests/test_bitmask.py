@@ -179,7 +179,9 @@ def test_shuffle_draws_every_unit_equally_often(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("kind", ["weight", "row", "column", "tensor"])
-@pytest.mark.parametrize("shape", [(37, 53), (3, 5, 11), (4097,), (61, 1), (1, 61), (16, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(37, 53), (3, 5, 11), (4097,), (61, 1), (1, 61), (16, 8)], ids=str
+)
 def test_cut_is_the_mask_of_the_part(kind, shape):
     draw = torch.Generator().manual_seed(3)
     if kind == "weight":

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from safeopt.operators import SMALL, Operator, leading
+from safeopt.operators import Operator
+from safeopt.singular import SMALL, leading
 
 SHAPES = [(1, 7), (7, 1), (8, 9), (9, 8), (37, 53), (53, 37), (3, 5, 11), (3, 11, 5)]
 CASES = [

@@ -10,7 +10,7 @@ import torch
 
 from safeopt.data import Row
 from safeopt.direction import AlignmentDirection
-from safeopt.operators import require_kind
+from safeopt.operator_checks import require_kind
 from safeopt.pair import Parameters
 from safeopt.train import TrainConfig, train
 

@@ -23,6 +23,7 @@ from safeopt.optim.off_direction import (
 from safeopt.optim.pairing import Scale
 from safeopt.optim.safe_adamw import SafeAdamW
 from safeopt.optim.starting_values import Source
+from safeopt.sharding import local, matched, wrap
 
 
 class AsFTAdamW(SafeAdamW):
@@ -76,7 +77,8 @@ class AsFTAdamW(SafeAdamW):
             trains; another shape; an adapter on a weight that the direction lacks, without its
             other half, or that is not B A; decoupled LoRA with operator "vector"; on loading, the
             state of a run with another direction.
-        NotImplementedError: sharded parameters (DTensor).
+        NotImplementedError: matrices whose rows are sharded (DTensor), with "safelora" without
+            rank; adapters whose B is sharded along its rank.
 
     Source: Yang et al. 2025, AsFT, arXiv 2506.08473, Eq. 4. Differs from the authors' code: the
     penalty is not part of the loss, so that it is not in the logged loss, nor clipped, nor counted
@@ -178,7 +180,9 @@ class AsFTAdamW(SafeAdamW):
                 if pull is None:
                     continue
                 if pull.group["mode"] == "coupled":
-                    grads[i] = self._with_pull(grads[i], pull, group["maximize"])
+                    gradient = matched(grads[i], p)
+                    pulled = self._with_pull(local(gradient), pull, group["maximize"])
+                    grads[i] = wrap(pulled, gradient)
                 else:
                     self._shrink(names[p], p, pull, group["lr"])
                 self._off.keep(names[p], p, self.state[p])
@@ -206,5 +210,5 @@ class AsFTAdamW(SafeAdamW):
             taken = torch.where(found_inf.bool(), 0.0, taken)
         live = {n: count for n, _, count in self._members({"params": [p], "param_names": [name]})}
         if live[name] < p.numel():
-            taken = taken.masked_fill_(~self._where(name, p).view(p.shape), 0)
-        p.sub_(taken, alpha=share)
+            taken = taken.masked_fill_(~self._where(name, p).view(taken.shape), 0)
+        local(p).sub_(taken, alpha=share)

@@ -52,9 +52,9 @@ def step_columns(
     """One step of the tensors in `columns`, the thirteen list arguments of the op in its order.
 
     Columns of max_exp_avg_sqs, anchors and shares may be empty. Of sharded parameters the op sees
-    this rank's part; where nothing of it is live, only its step is counted. Starting values that lie on another
-    device than their parameter are brought there one at a time, so that no second copy of the model
-    comes to be on it.
+    this rank's part; where nothing of it is live, only its step is counted. Starting values that
+    lie on another device than their parameter are brought there one at a time, so that no second
+    copy of the model comes to be on it.
     """
     columns = _here(columns, options["found_inf"])
     if not columns[0]:

@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from safeopt.bitmask import BitMask
 from safeopt.mask import SafetyMask
 from safeopt.names import Source, parameters, require
 from safeopt.optim.live import require_freezable
+from safeopt.sharding import box, is_sharded, local
 
 
 def hold(optimizer: Optimizer, mask: SafetyMask, model_or_named_params: Source) -> RemovableHandle:
@@ -25,7 +27,7 @@ def hold(optimizer: Optimizer, mask: SafetyMask, model_or_named_params: Source) 
         optimizer: any torch optimizer, also one that accelerate has wrapped.
         mask: selected elements are held. Cost: their values, and the mask's bits.
         model_or_named_params: the model (its parameters are looked up again at every step, so they
-            may be replaced), or named parameters.
+            may be replaced), or named parameters. A sharded model (DTensor) is held part by part.
 
     Returns:
         A handle; `.remove()` ends the hold and frees the values. Torch neither copies nor pickles
@@ -34,7 +36,7 @@ def hold(optimizer: Optimizer, mask: SafetyMask, model_or_named_params: Source) 
     Raises:
         ValueError: a mask name matches no parameter; a shape differs; a held parameter that
             requires grad is not one of the optimizer's; a mask of what may move.
-        NotImplementedError: sharded parameters (DTensor).
+        RuntimeError: at a step, parameters that were sharded after `hold` was called.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     module = isinstance(model_or_named_params, torch.nn.Module)
@@ -44,28 +46,32 @@ def hold(optimizer: Optimizer, mask: SafetyMask, model_or_named_params: Source) 
     require_freezable(mask, "hold")
     for name in mask:
         _check(name, known[name], mask, inner)
-    held = {name: known[name].detach()[_where(mask, name, known[name])] for name in mask}
+    parts = {name: mask[name].cut(box(known[name])) for name in mask}
+    held = {n: local(known[n].detach())[_where(m, known[n])] for n, m in parts.items() if m}
+    sharded = {name: is_sharded(known[name]) for name in mask}
 
     def write_back(*_: object) -> None:
         now = parameters(source)
         with torch.no_grad():
             for name, values in held.items():
-                p = now[name]
-                p.masked_scatter_(_where(mask, name, p), values.to(p.device, p.dtype))
+                p, part = now[name], parts[name]
+                if is_sharded(p) != sharded[name]:
+                    raise RuntimeError(
+                        f"{name!r} was sharded after hold was called, so that the values it holds"
+                        " are not of this rank's part: call hold after fully_shard, or after"
+                        " accelerator.prepare, with the model it returns"
+                    )
+                local(p).masked_scatter_(_where(part, p), values.to(p.device, p.dtype))
 
     return inner.register_step_post_hook(write_back)
 
 
-def _where(mask: SafetyMask, name: str, param: Tensor) -> Tensor:
-    return mask[name].to_bool(param.device)
+def _where(part: BitMask | None, param: Tensor) -> Tensor:
+    assert part is not None  # empty parts hold nothing
+    return part.to_bool(param.device)
 
 
 def _check(name: str, param: Tensor, mask: SafetyMask, optimizer: Optimizer) -> None:
-    if hasattr(param, "device_mesh"):
-        raise NotImplementedError(
-            f"hold does not rule sharded parameters yet, and {name!r} is a DTensor: train this"
-            " model with DDP or in one process"
-        )
     if mask[name].shape != param.shape:
         raise ValueError(
             f"hold mask for {name!r} has shape {tuple(mask[name].shape)}, the parameter has"

@@ -73,8 +73,8 @@ class LiveSet:
         if self._mask[name].shape != param.shape:
             raise ValueError(
                 f"{self.argument}= mask for {name!r} has shape {tuple(self._mask[name].shape)}, the"
-                f" parameter has {tuple(param.shape)}: the mask was made for another model, or for a"
-                " part of this one. Masks of sharded models are given whole; each rank cuts its part"
+                f" parameter has {tuple(param.shape)}: the mask was made for another model, or for"
+                " one rank's part of this one (masks are given whole; each rank cuts its part)"
             )
         selected = self._selected[name]
         return selected if self.live_bit else param.numel() - selected

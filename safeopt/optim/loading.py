@@ -72,10 +72,9 @@ def expand(
         live: the optimizer's live set.
     """
     state = packed["state"]
-    if not state:
-        return
     for group, saved in zip(groups, packed["param_groups"], strict=True):
-        if not any(map(is_sharded, group["params"])):
+        ruled = state and "param_names" in group and any(map(is_sharded, group["params"]))
+        if not ruled:
             continue
         for number, (name, p, count) in zip(saved["params"], members(group), strict=True):
             if not is_sharded(p):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -15,6 +15,7 @@ from safeopt.operators import Operator
 from safeopt.optim.live import named
 from safeopt.optim.pairing import Pair, Scale, pairs_of, require_numbers
 from safeopt.optim.starting_values import Source, StartingValues
+from safeopt.sharding import add_up, box, cut, is_sharded, local
 
 Members: TypeAlias = Iterable[tuple[str, Tensor, int]]
 STATE = "asft_anchor"  # key of a starting value in a parameter's state
@@ -48,7 +49,7 @@ class OffDirection:
         self._whole: set[str] = set()
         self._asleep: set[str] = set()
         self._pairs: list[Pair] = []
-        self._near: dict[tuple[str, torch.device], Operator] = {}
+        self._near: dict[Hashable, Operator] = {}
         self._pulls: dict[str, Pull] = {}
         self._sums: dict[str, list[Tensor]] | None = None
 
@@ -126,8 +127,8 @@ class OffDirection:
         drift = self._drift(name, p)
         gradient = operator.gradient(drift)
         if self._sums is not None:
-            across = (drift * gradient).sum() / 2
-            self._note(group, across, drift.square().sum())
+            across = add_up((drift * gradient).sum() / 2, p)
+            self._note(group, across, add_up(drift.square().sum(), p))
         return Pull(gradient, operator, group)
 
     def keep(self, name: str, p: Tensor, state: dict[str, Any]) -> None:
@@ -156,34 +157,27 @@ class OffDirection:
             found.append(group["lam"] * self._operator(name, p).penalty(self._drift(name, p)))
         for pair in self._pairs:
             (B, group), (A, _) = where[pair.B], where[pair.A]
-            value = self._operator(pair.base, B).penalty_lora(B, A, pair.scale)
-            found.append(group["lam"] * value)
+            operator = self._operator(pair.base, B, factor=True)
+            found.append(group["lam"] * operator.penalty_lora(*_whole(B, A), pair.scale))
         return found
 
     def _pull_pair(self, pair: Pair, B: Tensor, A: Tensor, group: dict[str, Any]) -> None:
-        operator = self._operator(pair.base, B)
+        """Note what moves the two, of sharded ones this rank's parts; A is small, and gathered."""
+        operator = self._operator(pair.base, B, factor=True)
+        mine, whole = _whole(B, A)
         wide = torch.float64 if B.dtype == torch.float64 else torch.float32
-        coupled, inner = group["mode"] == "coupled", A.to(wide) @ A.to(wide).mT  # (r, r)
-        if operator.form == "vector":
-            # C does not act on B alone here; penalty_lora knows how, and autograd the rest.
-            with torch.enable_grad():
-                leaves = [t.detach().to(wide).requires_grad_() for t in (B, A)]
-                across = operator.penalty_lora(leaves[0], leaves[1], pair.scale)
-                toward_B, toward_A = torch.autograd.grad(across, leaves)
-            across = across.detach()
-        else:
-            toward_B = operator.gradient(B)
-            core = B.to(wide).mT @ toward_B * pair.scale**2  # (r, r), symmetric
-            across = (core * inner).sum() / 2
-            if coupled:
-                toward_A = core @ A.to(wide)
-                toward_B = toward_B @ inner * pair.scale**2
-        self._pulls[pair.B] = Pull(toward_B, operator, group)
-        if coupled:
-            self._pulls[pair.A] = Pull(toward_A, operator, group)
+        mine, whole = mine.to(wide), whole.to(wide)
+        toward_B, toward_A = operator.gradient_lora(mine, whole, pair.scale)
         if self._sums is not None:
-            outer = B.to(wide).mT @ B.to(wide)
-            self._note(group, across, (outer * inner).sum() * pair.scale**2)
+            # The penalty is quadratic in A: half the inner product with its gradient.
+            across, outer = (whole * toward_A).sum() / 2, add_up(mine.mT @ mine, B)
+            drift = (outer * (whole @ whole.mT)).sum() * pair.scale**2
+            self._note(group, across, drift)
+        if group["mode"] == "coupled":
+            self._pulls[pair.A] = Pull(cut(toward_A, A), operator, group)
+        else:
+            toward_B = operator.gradient(mine)
+        self._pulls[pair.B] = Pull(toward_B, operator, group)
 
     def _note(self, group: dict[str, Any], across: Tensor, drift: Tensor) -> None:
         assert self._sums is not None
@@ -193,12 +187,15 @@ class OffDirection:
 
     def _drift(self, name: str, p: Tensor) -> Tensor:
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-        return p.to(wide) - self._start.of(name, p).to(p.device, wide)
+        return local(p).to(wide) - self._start.of(name, p).to(p.device, wide)
 
-    def _operator(self, name: str, p: Tensor) -> Operator:
-        key = (name, p.device)
+    def _operator(self, name: str, p: Tensor, *, factor: bool = False) -> Operator:
+        key = (name, p.device, getattr(p, "placements", None))
         if key not in self._near:
-            self._near[key] = self._direction[name].to(p.device)
+            operator = self._direction[name]
+            if not factor:
+                require_factors(name, operator, p)
+            self._near[key] = operator.part(p, factor=factor).to(p.device)
         return self._near[key]
 
     def _check(self, name: str, p: Tensor, adapted: set[str]) -> None:
@@ -211,8 +208,7 @@ class OffDirection:
         if shape != p.shape:
             raise ValueError(
                 f"direction for {name!r} has shape {tuple(shape)}, the parameter has"
-                f" {tuple(p.shape)}: the direction was made with another model, or the parameter"
-                " was sharded or flattened since"
+                f" {tuple(p.shape)}: the direction was made with another model"
             )
         if not p.is_floating_point():
             raise TypeError(f"direction: {name!r} is {p.dtype}; only real weights are penalised")
@@ -226,6 +222,21 @@ class OffDirection:
                     " changing B. Use mode='coupled', or a direction with operator 'subspace' or"
                     " 'safelora'"
                 )
+
+
+def _whole(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """B, of a sharded one the rows of this rank, and A (r, in), which all ranks need whole."""
+    return local(B), A.detach().full_tensor() if is_sharded(A) else A  # type: ignore[operator]
+
+
+def require_factors(name: str, operator: Operator, p: Tensor) -> None:
+    """NotImplementedError where ranks would have to exchange as much as the weight itself."""
+    if is_sharded(p) and operator.form in ("dense", "gram") and box(p)[-2] != slice(0, p.shape[-2]):
+        raise NotImplementedError(
+            f"the rows of {name!r} are sharded, and its operator 'safelora' without rank is"
+            f" {p.shape[-2]} x {p.shape[-2]}: each step would send as much as the weight. Make the"
+            " direction with rank=, such as 32: then it is 32 numbers per column"
+        )
 
 
 def rate(pull: Pull, lr: float | Tensor) -> float | Tensor:

@@ -9,6 +9,8 @@ from torch.utils.hooks import RemovableHandle
 
 from safeopt.direction import AlignmentDirection
 from safeopt.names import Source, parameters, require
+from safeopt.optim.off_direction import require_factors
+from safeopt.sharding import local
 
 
 class _Both:
@@ -47,7 +49,7 @@ def project_step(
     Raises:
         ValueError: a name matches no parameter; another shape; a matrix that the optimizer does not
             train; an optimizer with a mask, whose frozen elements would move.
-        NotImplementedError: sharded parameters (DTensor).
+        NotImplementedError: rows that are sharded, with operator "safelora" without rank.
 
     Source: the constraint of which AsFT (Yang et al. 2025, arXiv 2506.08473, Eq. 4) is the
     relaxation. Differs from the authors' code, which has no such step.
@@ -69,15 +71,17 @@ def project_step(
 
     def keep(*_: object) -> None:
         now = parameters(source)
-        before.update({name: now[name].detach().clone() for name in direction})
+        before.update({name: local(now[name].detach()).clone() for name in direction})
 
     def project(*_: object) -> None:
         now = parameters(source)
         with torch.no_grad():
             for name, operator in direction.items():
                 p, start = now[name], before.pop(name)
-                update = operator.to(p.device).apply(_wide(p) - _wide(start))
-                p.copy_(_wide(start) + update)
+                require_factors(name, operator, p)
+                part = local(p)
+                update = operator.part(p).to(p.device).apply(_wide(part) - _wide(start))
+                part.copy_(_wide(start) + update)
 
     return _Both(inner.register_step_pre_hook(keep), inner.register_step_post_hook(project))
 
@@ -87,11 +91,6 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _check(name: str, param: Tensor, direction: AlignmentDirection, ours: bool) -> None:
-    if hasattr(param, "device_mesh"):
-        raise NotImplementedError(
-            f"project_step does not rule sharded parameters, and {name!r} is a DTensor: train this"
-            " model with DDP or in one process"
-        )
     if direction[name].shape != param.shape:
         raise ValueError(
             f"direction for {name!r} has shape {tuple(direction[name].shape)}, the parameter has"

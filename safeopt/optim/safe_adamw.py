@@ -237,8 +237,7 @@ class SafeAdamW(torch.optim.AdamW):
         have zeros: distributed checkpoints can then be resumed on another number of ranks.
         """
         packed = super().state_dict()
-        if self._live is not None or self._anchor is not None:
-            expand(packed, self.param_groups, self._members, self._live)
+        expand(packed, self.param_groups, self._members, self._live)
         return packed
 
     def __getstate__(self) -> dict[str, Any]:

@@ -53,7 +53,11 @@ class StartingValues:
 
     def __getstate__(self) -> dict[str, Any]:
         mapped = isinstance(self._source, (str, PathLike)) and self._given is not None
-        return {**self.__dict__, "_given": None, "_kept": {}, "_parts": set()} if mapped else self.__dict__
+        return (
+            {**self.__dict__, "_given": None, "_kept": {}, "_parts": set()}
+            if mapped
+            else self.__dict__
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
