@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -112,8 +111,3 @@ def is_uncut(param: Tensor, value: Tensor) -> bool:
     """Whether `value` is a full one, where `param` has since become sharded."""
     return is_sharded(param) and not is_sharded(value) and value.shape == param.shape
 
-
-def zeros(like: Tensor) -> Tensor:
-    """A DTensor of zeros, sharded as `like`, that takes no memory until it is written out."""
-    part = local(like)
-    return wrap(torch.zeros((), dtype=part.dtype, device=part.device).expand(part.shape), like)

@@ -20,6 +20,7 @@ PRELOADED = [
     "torch.distributed.tensor.debug",
     "torch.distributed.checkpoint",
     "safeopt",
+    "transformers.models.llama.modeling_llama",
 ]
 
 

@@ -14,7 +14,7 @@ from safeopt import ops
 from safeopt.names import canonical
 from safeopt.optim.anchor import Anchor
 from safeopt.optim.live import LiveSet, named
-from safeopt.sharding import cut, is_sharded, is_uncut, local, wrap, zeros
+from safeopt.sharding import cut, is_sharded, is_uncut, local, wrap
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 OPTIONS: dict[str, Any] = {"anchor_strength": 0.0, "anchor_mode": "coupled"}
@@ -85,7 +85,8 @@ def expand(
                     state[number] = {key: _full(value, name, p, live) for key, value in own.items()}
             elif p.requires_grad:
                 moments = MOMENTS if group["amsgrad"] else MOMENTS[:2]
-                state[number] = {"step": torch.zeros(()), **{key: zeros(p) for key in moments}}
+                # Without a step, as a plain process, which has no such state, could not take it.
+                state[number] = {key: wrap(torch.zeros_like(local(p)), p) for key in moments}
 
 
 def _full(value: Any, name: str, p: Tensor, live: LiveSet | None) -> Any:

@@ -1,0 +1,163 @@
+"""Law 8 for sharded runs: checkpoints through torch.distributed.checkpoint, on another world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from fsdp_cases import CLOSE, HYPER, KINDS, assert_trained_as, full, llama, mask, shard, train
+from processes import spawn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from safeopt import SafeAdamW
+
+pytest.importorskip("transformers")
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def save(rank, folder):
+    """Three steps; a sharded and a full checkpoint of each kind; four more steps."""
+    found = {}
+    for kind, make in KINDS.items():
+        model = shard(llama())
+        optimizer = make(model)
+        train(model, optimizer, range(3))
+        states = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
+        dcp.save(states, checkpoint_id=f"{folder}/{kind}")
+        states = {
+            "model": get_model_state_dict(model, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE),
+        }
+        if rank == 0:
+            torch.save(states, f"{folder}/{kind}.pt")
+        train(model, optimizer, range(3, 7))
+        found[kind] = full(model)
+    return found
+
+
+def resume(rank, folder, sharded):
+    """Load the checkpoints into a fresh model on however many ranks, and go on."""
+    found = {}
+    for kind, make in KINDS.items():
+        model = shard(llama(seed=5 if kind != "anchor" else 0))
+        optimizer = make(model)
+        if sharded:
+            states = {
+                "model": get_model_state_dict(model),
+                "optimizer": get_optimizer_state_dict(model, optimizer),
+            }
+            dcp.load(states, checkpoint_id=f"{folder}/{kind}")
+            set_model_state_dict(model, states["model"])
+            set_optimizer_state_dict(model, optimizer, states["optimizer"])
+        else:
+            path = Path(f"{folder}/{kind}.pt")
+            states = (
+                torch.load(path, weights_only=True) if rank == 0 else {"model": {}, "optimizer": {}}
+            )
+            set_model_state_dict(model, states["model"], options=SPREAD)
+            set_optimizer_state_dict(model, optimizer, states["optimizer"], options=SPREAD)
+        train(model, optimizer, range(3, 7))
+        found[kind] = full(model)
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(folder of the checkpoints, weights of the uninterrupted runs on two ranks)."""
+    folder = tmp_path_factory.mktemp("dcp")
+    return folder, spawn(save, 2, str(folder))[0]
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_resumed_on_another_number_of_ranks(saved, world, sharded):
+    """On as many ranks bit for bit: the same arithmetic as without the interruption."""
+    folder, expected = saved
+    for found in spawn(resume, world, str(folder), sharded):
+        for kind in KINDS:
+            for name, value in expected[kind].items():
+                if world == 2:
+                    assert torch.equal(found[kind][name], value), (kind, name)
+                else:
+                    torch.testing.assert_close(found[kind][name], value, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_checkpoint_goes_on_in_one_plain_process(saved, kind):
+    """No process group, no DTensor: the moments become compact again."""
+    folder, expected = saved
+    states = torch.load(folder / f"{kind}.pt", weights_only=True)
+    model = llama()
+    optimizer = KINDS[kind](model)
+    model.load_state_dict(states["model"])
+    set_optimizer_state_dict(
+        model, optimizer, states["optimizer"], options=StateDictOptions(full_state_dict=True)
+    )
+    train(model, optimizer, range(3, 7))
+    assert_trained_as(expected[kind], model, kind)
+    for p, state in optimizer.state.items():
+        live = sum(
+            optimizer._members({"params": [p], "param_names": [name]}).__iter__().__next__()[2]
+            for name, q in model.named_parameters()
+            if q is p
+        )
+        assert state["exp_avg"].numel() == live
+
+
+def run_another_mask(rank, folder):
+    model = shard(llama())
+    other = SafeAdamW(model.named_parameters(), **HYPER, freeze=mask(0.4))
+    states = {"optimizer": get_optimizer_state_dict(model, other)}
+    dcp.load(states, checkpoint_id=f"{folder}/freeze")
+    with pytest.raises(ValueError, match="belongs to another mask"):
+        set_optimizer_state_dict(model, other, states["optimizer"])
+
+
+def test_a_checkpoint_of_another_mask_is_refused_on_every_rank(saved):
+    spawn(run_another_mask, 2, str(saved[0]), timeout=90)
+
+
+def run_compact(rank, folder):
+    model = shard(llama())
+    optimizer = KINDS["freeze"](model)
+    states = torch.load(f"{folder}/compact.pt", weights_only=True) if rank == 0 else {}
+    with pytest.raises(ValueError, match="saved without sharding holds live elements only"):
+        set_optimizer_state_dict(model, optimizer, states, options=SPREAD)
+
+
+def test_a_compact_checkpoint_cannot_be_sharded_and_says_so_on_every_rank(tmp_path):
+    model = llama()
+    optimizer = KINDS["freeze"](model)
+    train(model, optimizer, range(2))
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    torch.save(get_optimizer_state_dict(model, optimizer, options=options), tmp_path / "compact.pt")
+    spawn(run_compact, 2, str(tmp_path), timeout=90)
+
+
+def run_fresh(rank):
+    """A checkpoint of step 0: torch makes a phantom step, which must not move anything."""
+    for make in KINDS.values():
+        model = shard(llama())
+        optimizer = make(model)
+        get_optimizer_state_dict(model, optimizer)
+        for name, value in full(model).items():
+            assert torch.equal(value, llama().get_parameter(name)), name
+    dist.barrier()
+
+
+def test_a_checkpoint_before_the_first_step_moves_nothing():
+    spawn(run_fresh, 2)
