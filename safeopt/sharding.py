@@ -110,4 +110,3 @@ def _require_parts(tensor: Tensor) -> None:
 def is_uncut(param: Tensor, value: Tensor) -> bool:
     """Whether `value` is a full one, where `param` has since become sharded."""
     return is_sharded(param) and not is_sharded(value) and value.shape == param.shape
-

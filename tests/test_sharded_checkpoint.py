@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +21,7 @@ from safeopt import SafeAdamW
 pytest.importorskip("transformers")
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
@@ -36,6 +35,7 @@ def save(rank, folder):
         states = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),
+            "flat": get_optimizer_state_dict(model, optimizer, options=FLAT),
         }
         dcp.save(states, checkpoint_id=f"{folder}/{kind}")
         states = {
@@ -49,27 +49,28 @@ def save(rank, folder):
     return found
 
 
-def resume(rank, folder, sharded):
+def resume(rank, folder, form):
     """Load the checkpoints into a fresh model on however many ranks, and go on."""
     found = {}
     for kind, make in KINDS.items():
-        model = shard(llama(seed=5 if kind != "anchor" else 0))
+        model = shard(llama(seed=5))
         optimizer = make(model)
-        if sharded:
+        if form == "full":
+            path = f"{folder}/{kind}.pt"
+            nothing: dict = {"model": {}, "optimizer": {}}
+            states = torch.load(path, weights_only=True) if rank == 0 else nothing
+            set_model_state_dict(model, states["model"], options=SPREAD)
+            set_optimizer_state_dict(model, optimizer, states["optimizer"], options=SPREAD)
+        else:
+            options = FLAT if form == "flat" else StateDictOptions()
+            key = "flat" if form == "flat" else "optimizer"
             states = {
                 "model": get_model_state_dict(model),
-                "optimizer": get_optimizer_state_dict(model, optimizer),
+                key: get_optimizer_state_dict(model, optimizer, options=options),
             }
             dcp.load(states, checkpoint_id=f"{folder}/{kind}")
             set_model_state_dict(model, states["model"])
-            set_optimizer_state_dict(model, optimizer, states["optimizer"])
-        else:
-            path = Path(f"{folder}/{kind}.pt")
-            states = (
-                torch.load(path, weights_only=True) if rank == 0 else {"model": {}, "optimizer": {}}
-            )
-            set_model_state_dict(model, states["model"], options=SPREAD)
-            set_optimizer_state_dict(model, optimizer, states["optimizer"], options=SPREAD)
+            set_optimizer_state_dict(model, optimizer, states[key], options=options)
         train(model, optimizer, range(3, 7))
         found[kind] = full(model)
     return found
@@ -82,12 +83,14 @@ def saved(tmp_path_factory):
     return folder, spawn(save, 2, str(folder))[0]
 
 
-@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_resumed_on_another_number_of_ranks(saved, world, sharded):
+@pytest.mark.parametrize(
+    ("world", "form"),
+    [(1, "sharded"), (2, "sharded"), (4, "sharded"), (2, "flat"), (2, "full"), (4, "full")],
+)
+def test_resumed_on_another_number_of_ranks(saved, world, form):
     """On as many ranks bit for bit: the same arithmetic as without the interruption."""
     folder, expected = saved
-    for found in spawn(resume, world, str(folder), sharded):
+    for found in spawn(resume, world, str(folder), form):
         for kind in KINDS:
             for name, value in expected[kind].items():
                 if world == 2:
@@ -109,13 +112,8 @@ def test_a_full_checkpoint_goes_on_in_one_plain_process(saved, kind):
     )
     train(model, optimizer, range(3, 7))
     assert_trained_as(expected[kind], model, kind)
-    for p, state in optimizer.state.items():
-        live = sum(
-            optimizer._members({"params": [p], "param_names": [name]}).__iter__().__next__()[2]
-            for name, q in model.named_parameters()
-            if q is p
-        )
-        assert state["exp_avg"].numel() == live
+    kept = sum(state["exp_avg"].numel() for state in optimizer.state.values() if state)
+    assert kept == optimizer.live_count()[0]
 
 
 def run_another_mask(rank, folder):
@@ -131,21 +129,38 @@ def test_a_checkpoint_of_another_mask_is_refused_on_every_rank(saved):
     spawn(run_another_mask, 2, str(saved[0]), timeout=90)
 
 
-def run_compact(rank, folder):
-    model = shard(llama())
-    optimizer = KINDS["freeze"](model)
-    states = torch.load(f"{folder}/compact.pt", weights_only=True) if rank == 0 else {}
-    with pytest.raises(ValueError, match="saved without sharding holds live elements only"):
-        set_optimizer_state_dict(model, optimizer, states, options=SPREAD)
+def run_on_from_one(rank, folder):
+    found = {}
+    for kind, make in KINDS.items():
+        model = shard(llama(seed=5))
+        optimizer = make(model)
+        nothing: dict = {"model": {}, "optimizer": {}}
+        states = torch.load(f"{folder}/{kind}.pt", weights_only=True) if rank == 0 else nothing
+        set_model_state_dict(model, states["model"], options=SPREAD)
+        set_optimizer_state_dict(model, optimizer, states["optimizer"], options=SPREAD)
+        train(model, optimizer, range(2, 4))
+        found[kind] = full(model)
+    return found
 
 
-def test_a_compact_checkpoint_cannot_be_sharded_and_says_so_on_every_rank(tmp_path):
-    model = llama()
-    optimizer = KINDS["freeze"](model)
-    train(model, optimizer, range(2))
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    torch.save(get_optimizer_state_dict(model, optimizer, options=options), tmp_path / "compact.pt")
-    spawn(run_compact, 2, str(tmp_path), timeout=90)
+def test_a_run_of_one_process_goes_on_sharded(tmp_path):
+    """With `full_state`, which expands what is compact where nothing is sharded."""
+    expected = {}
+    for kind, make in KINDS.items():
+        model = llama()
+        optimizer = make(model)
+        train(model, optimizer, range(2))
+        optimizer.full_state = True
+        states = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
+        torch.save(states, tmp_path / f"{kind}.pt")
+        train(model, optimizer, range(2, 4))
+        expected[kind] = model
+    for found in spawn(run_on_from_one, 2, str(tmp_path)):
+        for kind, model in expected.items():
+            assert_trained_as(found[kind], model, kind)
 
 
 def run_fresh(rank):

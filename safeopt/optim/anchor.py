@@ -148,14 +148,18 @@ class Anchor:
             state["anchor"] = self._start.restore(name, state["anchor"])
 
     def energy(self, name: str, param: Tensor, live: Tensor | None) -> Tensor:
-        """Sum of s (p - a)^2 over a parameter, or over its elements where `live` is true: 0-d."""
+        """Sum of s (p - a)^2 over a parameter, or over its elements where `live` is true: 0-d.
+
+        Of a sharded parameter, over all ranks.
+        """
         value = self._start.of(name, param)
         share = self._share(name, param, value.device)
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         squares = (local(param).detach().to(dtype) - value.to(param.device, dtype)).square_()
         if share is not None:
             squares.mul_(share.to(param.device))
-        return (squares if live is None else squares.mul_(live.view(squares.shape))).sum()
+        mine = (squares if live is None else squares.mul_(live.view(squares.shape))).sum()
+        return add_up(mine, param)
 
     def _covers(self, name: str, param: Tensor) -> bool:
         if isinstance(self._given, str):

@@ -59,6 +59,7 @@ def expand(
     groups: list[dict[str, Any]],
     members: Callable[[dict[str, Any]], Iterable[tuple[str, Tensor, int]]],
     live: LiveSet | None,
+    plain: bool,
 ) -> None:
     """Bring the state of sharded parameters to their shape, as DTensors, in a packed state dict.
 
@@ -66,18 +67,19 @@ def expand(
     state for every parameter that requires a gradient: wholly frozen ones get zeros.
 
     Args:
-        packed: from torch's `state_dict`; other parameters are left as they are.
+        packed: from torch's `state_dict`.
         groups: of the optimizer.
         members: (canonical name, parameter, live elements) of a group.
         live: the optimizer's live set.
+        plain: do the same for parameters that are not sharded.
     """
     state = packed["state"]
     for group, saved in zip(groups, packed["param_groups"], strict=True):
-        ruled = state and "param_names" in group and any(map(is_sharded, group["params"]))
-        if not ruled:
+        ruled = plain or any(map(is_sharded, group["params"]))
+        if not (ruled and state and "param_names" in group):
             continue
         for number, (name, p, count) in zip(saved["params"], members(group), strict=True):
-            if not is_sharded(p):
+            if not (plain or is_sharded(p)):
                 continue
             if count:
                 own = state.get(number)

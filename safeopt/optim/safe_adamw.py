@@ -19,7 +19,7 @@ from safeopt.optim.live import LiveSet, named
 from safeopt.optim.loading import DIGESTS, OPTIONS, expand, fit, settle
 from safeopt.optim.rows import row
 from safeopt.optim.starting_values import Source
-from safeopt.sharding import add_up, local, matched
+from safeopt.sharding import local, matched
 
 
 class SafeAdamW(torch.optim.AdamW):
@@ -31,14 +31,13 @@ class SafeAdamW(torch.optim.AdamW):
     as under AdamW, and state is kept for live elements only: a partly live parameter has 1-D
     moments of one value per live element, a wholly frozen one has no state.
 
-    Live elements too are bit-identical to AdamW's where plain torch does the step, with one
-    exception: on CPU, `fused=True` with float32 or float64 parameters can differ in the last bit.
-    Torch's fused CPU kernel rounds the elements behind the last full vector of a tensor otherwise
-    than the rest, and an element has another place among the live ones than in the whole tensor
-    (`test_law_3_fused_on_cpu_differs_only_by_rounding`). Compiled kernels (`safeopt env` says
-    whether they run) differ from AdamW by rounding, whatever `foreach` and `fused` say: a few units
-    in the last place of float32. Parameters of 16 bits they compute in float32 and round once,
-    where torch rounds after every operation.
+    Live elements too are bit-identical to AdamW's where plain torch does the step, but for
+    `fused=True` on CPU in float32 or float64, where they can differ in the last bit: torch's fused
+    kernel rounds the last elements of a tensor otherwise than the rest, and an element has another
+    place among the live ones (`test_law_3_fused_on_cpu_differs_only_by_rounding`). Compiled kernels
+    (`safeopt env` says whether they run) differ from AdamW by rounding, whatever `foreach` and
+    `fused` say: a few units in the last place of float32. Parameters of 16 bits they compute in
+    float32 and round once, where torch rounds after every operation.
 
     An anchor is a soft mask: the penalty lambda * sum over i of s_i (p_i - a_i)^2, with a the
     starting values, s the shares and lambda the `anchor_strength`. It acts on live elements, once
@@ -102,6 +101,7 @@ class SafeAdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
+        self.full_state = False
         self._live = LiveSet.of(freeze, train)
         self._anchor = Anchor.of(anchor, anchor_strength, anchor_mode, anchor_values)
         super().__init__(
@@ -219,29 +219,29 @@ class SafeAdamW(torch.optim.AdamW):
             is; the same on all ranks of sharded parameters. Reads weights, starting values and
             shares once; needs three float32 copies of one tensor at a time.
         """
-        first, anchor = self.param_groups[0]["params"][0], self._anchor
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=dtype, device=first.device)
-        for group in self.param_groups if anchor is not None else ():
+        total = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        for group in self.param_groups if self._anchor is not None else ():
             for name, p, count in self._members(group):
-                if anchor is not None and count and name in anchor:
+                if self._anchor is not None and count and name in self._anchor:
                     live = self._where(name, p) if count < p.numel() else None
-                    energy = add_up(anchor.energy(name, p, live), p)
-                    total += group["anchor_strength"] * energy.to(total.device, dtype)
+                    energy = group["anchor_strength"] * self._anchor.energy(name, p, live)
+                    total = total + energy.to(total.device)
         return total
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's AdamW has it, compact where a parameter is partly live.
 
-        That of sharded parameters is expanded to their shape, as DTensors, and wholly frozen ones
-        have zeros: distributed checkpoints can then be resumed on another number of ranks.
+        Sharded parameters' is expanded to their shape, as DTensors, and wholly frozen ones have
+        zeros: distributed checkpoints can be resumed on another number of ranks. With
+        `optimizer.full_state = True` plain ones are expanded too, for a run that goes on sharded.
         """
         packed = super().state_dict()
-        expand(packed, self.param_groups, self._members, self._live)
+        expand(packed, self.param_groups, self._members, self._live, self.full_state)
         return packed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_live": self._live, "_anchor": self._anchor}
+        own = {key: self.__dict__[key] for key in ("full_state", "_live", "_anchor")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict comes through here too, after its hooks and before anything has changed.
@@ -249,6 +249,7 @@ class SafeAdamW(torch.optim.AdamW):
         if loading:
             fit(self.param_groups, state, self._live)
         super().__setstate__(state)
+        self.__dict__.setdefault("full_state", False)
         self.__dict__.setdefault("_live", None)
         self.__dict__.setdefault("_anchor", None)
         settle(self.param_groups, self.state, self._anchor if loading else None)
