@@ -53,33 +53,28 @@ def write(
         kind: what the file holds ("mask", "scores"); `read` asks for it.
         manifest: JSON values. "kind" and "format" are ours; "torch" and "safeopt" (versions) are
             added unless they are there.
-        read: gives the data of a tensor by name, once, in the order of `order`; by default that of
-            `tensors`, of which only shapes and dtypes are needed otherwise.
+        read: gives the data of a tensor by name, once, in the order of `ordered`; by default those
+            in `tensors`, of which only shapes and dtypes are needed otherwise.
 
     Raises:
         TypeError: the manifest holds something JSON cannot, or a tensor has another dtype.
         OSError: the file cannot be written; a full disk is named as such.
     """
     text = _manifest_text(manifest, kind)
-    ordered = _ordered(tensors)
+    tensors = ordered(tensors)
     hasher = hashlib.sha256(text.encode())
-    header = _header(ordered, {"safeopt": text, "sha256": hasher.hexdigest()})
+    header = _header(tensors, {"safeopt": text, "sha256": hasher.hexdigest()})
     with atomic(path) as temporary, temporary.open("wb") as file:
         file.seek(8 + len(header))
-        for name, tensor in ordered.items():
+        for name, tensor in tensors.items():
             _announce(hasher, name, tensor)
             for chunk in _chunks(tensor if read is None else read(name)):
                 hasher.update(chunk)
                 file.write(chunk)
-        # The hash is known now; it is as long as the one that held its place.
+        # The hash is known now, and as long as the one that held its place.
+        header = _header(tensors, {"safeopt": text, "sha256": hasher.hexdigest()})
         file.seek(0)
-        file.write(len(header).to_bytes(8, "little"))
-        file.write(_header(ordered, {"safeopt": text, "sha256": hasher.hexdigest()}))
-
-
-def order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names in the order in which `write` asks for their data."""
-    return list(_ordered(tensors))
+        file.write(len(header).to_bytes(8, "little") + header)
 
 
 def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -96,7 +91,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
             header = file.metadata() or {}
             manifest = _parse(path, header, kind)
             # Not in the order of the file, which is open among tensors without elements.
-            tensors = _ordered({name: file.get_tensor(name) for name in file.offset_keys()})
+            tensors = ordered({name: file.get_tensor(name) for name in file.offset_keys()})
     except SafetensorError as error:
         raise ValueError(
             f"{path} is cut short, damaged, or no safetensors file ({error}); copy it again from"
@@ -195,7 +190,7 @@ def _manifest_text(manifest: Mapping[str, Any], kind: str) -> str:
         ) from error
 
 
-def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As in a file: wide types first keep every tensor aligned, which safetensors relies on."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     return {name: tensors[name] for name in order}

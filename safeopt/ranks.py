@@ -172,9 +172,10 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     """NotImplementedError if the weights of a model are sharded over processes."""
     for name, weight in model.named_parameters():
         if is_sharded(weight):
+            mesh = weight.device_mesh  # type: ignore[attr-defined]
             raise NotImplementedError(
-                f"{what} needs whole matrices or their inputs, and {name!r} is sharded over the"
-                f" ranks of {weight.device_mesh}; {ELSEWHERE}"
+                f"{what} needs a whole model in each process, and {name!r} is sharded over {mesh};"
+                f" {ELSEWHERE}"
             )
 
 

@@ -28,7 +28,7 @@ def write(
         artifact.write(path, tensors, kind, manifest)
         return
     first = next(tensor.device_mesh for tensor in tensors.values() if is_sharded(tensor))  # type: ignore[attr-defined]
-    waiting = artifact.order(tensors)
+    waiting = list(artifact.ordered(tensors))
 
     def read(name: str) -> Tensor:
         waiting.remove(name)

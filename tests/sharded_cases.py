@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from conftest import make_llama
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safeopt.methods import ESI, SNIP, Fisher
@@ -38,13 +37,6 @@ def shard(model: nn.Module, **how: Any) -> Any:
     for layer in model.model.layers:  # type: ignore[union-attr]
         fully_shard(layer, **how)
     return fully_shard(model, **how)
-
-
-def mixed(model: nn.Module) -> Any:
-    return shard(
-        model,
-        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
-    )
 
 
 def offloaded(model: nn.Module) -> Any:
@@ -100,5 +92,26 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def world() -> int:
-    return dist.get_world_size()
+class Logits(NamedTuple):
+    logits: Tensor
+
+
+class Tiny(nn.Module):
+    """A language model without attention, of odd sizes, that is made at once; for errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(301, 6)
+            self.up = nn.Linear(6, 7)
+            self.head = nn.Linear(7, 301)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Logits:
+        return Logits(self.head(torch.tanh(self.up(self.embed(input_ids)))))
+
+
+def tiny_shard(**how: Any) -> Any:
+    model = Tiny()
+    fully_shard(model.up, **how)
+    return fully_shard(model, **how)

@@ -63,11 +63,6 @@ def test_scores_and_mask_of_ranks_are_those_of_one(one, world, ways):
         for name, tensor in tensors.items():
             atol = 1e-6 * float(scores[name].max())
             torch.testing.assert_close(tensor, scores[name], rtol=2e-5, atol=atol)
-        print(
-            key,
-            max(float((tensors[n] - scores[n]).abs().max() / scores[n].max()) for n in tensors),
-            sum(int((mask[n] != wanted.to_bool(n)).sum()) for n in mask),
-        )
         assert same, f"{key}: the mask is not that of the gathered scores"
         assert all(torch.equal(mask[name], wanted.to_bool(name)) for name in wanted)
         assert provenance == scores.provenance

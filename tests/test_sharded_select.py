@@ -34,9 +34,11 @@ def whole(kind):
 
 
 def masks(kinds):
-    """Masks of all cases by what `kinds` makes of their scores, or the error's text."""
+    """Masks of all cases of some kinds of scores, or the error's text."""
     out = {}
     for kind, scope, order in CASES:
+        if kind not in kinds:
+            continue
         try:
             mask = select(kinds[kind], KINDS[kind], scope=scope, order=order, seed=5)
             out[kind, scope, order] = bools(mask) | {"": mask.manifest["arguments"]}
@@ -59,6 +61,10 @@ def layouts():
         return
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
     yield lambda name, tensor: distribute_tensor(tensor, mesh, [Replicate(), Shard(0)])
+
+
+def kinds_for(world):
+    return list(KINDS) if world == 2 else ["ties"]
 
 
 def on_ranks(rank):
@@ -92,8 +98,8 @@ def refusals(rank):
 @pytest.mark.parametrize("world", [2, 4])
 def test_select_on_shards_is_select_on_the_whole(world):
     """Ties too: the first name, then the smallest index of the whole tensor, wherever it lies."""
-    wanted = masks({kind: whole(kind) for kind in KINDS})
-    assert sum(isinstance(mask, dict) for mask in wanted.values()) > 20
+    wanted = masks({kind: whole(kind) for kind in kinds_for(world)})
+    assert sum(isinstance(mask, dict) for mask in wanted.values()) > 7
     for rank, (found, refused) in enumerate(spawn(on_ranks, world)):
         for got, calls in found:
             for case, want in wanted.items():

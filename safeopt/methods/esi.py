@@ -170,7 +170,8 @@ def refusal_log_likelihood(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: a row without response tokens, naming the prompt.
     """
-    labels, counted = batch.get("labels"), require_responses(batch)
+    counted = require_responses(batch)
+    labels = batch["labels"]
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
     logits = model(**inputs).logits[:, :-1]
     picked = logits[counted.to(logits.device)].float()
