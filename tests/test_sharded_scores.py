@@ -51,7 +51,11 @@ def one():
     ("world", "ways"),
     [
         (2, {"plain": list(SCORERS), "offloaded": ["esi"]}),
-        (4, {"plain": ["esi", "fisher"], "hybrid": ["esi rows", "snip"]}),
+        pytest.param(
+            4,
+            {"plain": ["esi", "fisher"], "hybrid": ["esi rows", "snip"]},
+            marks=pytest.mark.slow,  # four processes import transformers
+        ),
     ],
     ids=["2 ranks", "4 ranks"],
 )
