@@ -19,8 +19,9 @@ class GradientSum:
     After a FloatingPointError the totals may hold what caused it, and are of no further use.
 
     Of a target that is sharded by FSDP2 (a DTensor), the buffer is for this rank's part, and what
-    is added is the gradient after its reduction, the mean over ranks. All ranks call `backward`
-    equally often, and an error comes to all of them.
+    is added is the gradient after its reduction, the mean over ranks: of equal gradients, and of a
+    power of two of them, exactly one of them. All ranks call `backward` equally often, and an error
+    comes to all of them.
 
     Args:
         targets: parameters by name. They are made to require gradients.

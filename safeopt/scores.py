@@ -157,10 +157,10 @@ def score(
     sharded by FSDP2 (`fully_shard`), each rank scores its own part, from gradients after their
     reduction, and every rank is given the same batches. Of a model that every rank has whole (DDP),
     `group` says that each rank has its own share of the batches: sums are added up over the ranks
-    before anything else is done with them. Both at once, a sharded model and shares, is for
-    ESI(reduction="sum") with as many batches on every rank. An objective of your own must then run
-    the model equally often on every rank. Nothing that is sharded is gathered, but for the
-    fingerprint: once, one tensor at a time.
+    before anything else is done with them, so scores are those of one process up to the order of
+    float32 additions. Both at once, a sharded model and shares, is for ESI(reduction="sum") with as
+    many batches on every rank. An objective of your own must then run the model equally often on
+    every rank. Nothing that is sharded is gathered, but for the fingerprint, once and singly.
 
     Args:
         model: called as model(input_ids=..., attention_mask=...). The module inside DDP is scored.
