@@ -148,6 +148,8 @@ def sharded(rank):
 def files(rank, folder):
     """What saving says, and what collectives are given that FSDP2 itself does not need."""
     model, batches = tiny_shard(), make_batches()
+    for name, weight in model.named_parameters():  # as in scoring, where these are the targets
+        weight.requires_grad_(name in ("up.weight", "head.weight"))
     with Sent() as passes:
         for batch in batches:
             model(batch["input_ids"]).logits.sum().backward()
@@ -177,7 +179,7 @@ def test_sharded_scores_are_saved_whole_and_never_gathered_before(tmp_path):
         assert len(loaded) == len(tensors) == 2
         assert error.startswith("FileExistsError" if rank == 0 else "OSError: the rank that")
         # Flags and digests, the two sums behind sigma, and nothing of a weight's size.
-        assert {dtype for _, dtype, _ in sent} == {torch.int64, torch.float64}
+        assert {dtype for _, dtype, _ in sent} == {torch.int64, torch.float64}, sent
         assert max(number for _, _, number in sent) < 10
         for name, tensor in mixed.items():
             atol = 1e-3 * float(half[name].max())
