@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from safeopt import names
 from safeopt._version import __version__
+from safeopt.ranks import whole
 
 FORMAT = 1
 CHUNK = 1 << 24  # bytes hashed or written at a time
@@ -35,7 +36,11 @@ DTYPES = {
 
 
 def write(
-    path: str | os.PathLike, tensors: Mapping[str, Tensor], kind: str, manifest: Mapping[str, Any]
+    path: str | os.PathLike,
+    tensors: Mapping[str, Tensor],
+    kind: str,
+    manifest: Mapping[str, Any],
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write tensors and their manifest to one safetensors file, in place of what was there.
 
@@ -48,20 +53,28 @@ def write(
         kind: what the file holds ("mask", "scores"); `read` asks for it.
         manifest: JSON values. "kind" and "format" are ours; "torch" and "safeopt" (versions) are
             added unless they are there.
+        read: gives the data of a tensor by name, once, in the order of `ordered`; by default those
+            in `tensors`, of which only shapes and dtypes are needed otherwise.
 
     Raises:
         TypeError: the manifest holds something JSON cannot, or a tensor has another dtype.
         OSError: the file cannot be written; a full disk is named as such.
     """
     text = _manifest_text(manifest, kind)
-    ordered = _ordered(tensors)
-    header = _header(ordered, {"safeopt": text, "sha256": _sha256(text, ordered)})
+    tensors = ordered(tensors)
+    hasher = hashlib.sha256(text.encode())
+    header = _header(tensors, {"safeopt": text, "sha256": hasher.hexdigest()})
     with atomic(path) as temporary, temporary.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little"))
-        file.write(header)
-        for tensor in ordered.values():
-            for chunk in _chunks(tensor):
+        file.seek(8 + len(header))
+        for name, tensor in tensors.items():
+            _announce(hasher, name, tensor)
+            for chunk in _chunks(tensor if read is None else read(name)):
+                hasher.update(chunk)
                 file.write(chunk)
+        # The hash is known now, and as long as the one that held its place.
+        header = _header(tensors, {"safeopt": text, "sha256": hasher.hexdigest()})
+        file.seek(0)
+        file.write(len(header).to_bytes(8, "little") + header)
 
 
 def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -78,7 +91,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
             header = file.metadata() or {}
             manifest = _parse(path, header, kind)
             # Not in the order of the file, which is open among tensors without elements.
-            tensors = _ordered({name: file.get_tensor(name) for name in file.offset_keys()})
+            tensors = ordered({name: file.get_tensor(name) for name in file.offset_keys()})
     except SafetensorError as error:
         raise ValueError(
             f"{path} is cut short, damaged, or no safetensors file ({error}); copy it again from"
@@ -133,7 +146,8 @@ def fingerprint(source: names.Source, *, weights: bool = True) -> dict[str, str]
 
     Weights are hashed as float32, chunk by chunk, so a bfloat16 checkpoint has one fingerprint
     whether it is loaded as bfloat16 or as float32. Names are canonical and sorted; a tied tensor
-    counts once.
+    counts once. A sharded model has the fingerprint of the whole one: its weights are gathered one
+    at a time, so all ranks call this together.
 
     Args:
         source: a module, a mapping from name to tensor, or (name, tensor) pairs.
@@ -152,7 +166,7 @@ def fingerprint(source: names.Source, *, weights: bool = True) -> dict[str, str]
                 raise ValueError(
                     f"{name!r} is on the meta device and has no weights; load them first"
                 )
-            for part in tensor.detach().reshape(-1).split(CHUNK // 4):
+            for part in whole(tensor.detach()).reshape(-1).split(CHUNK // 4):
                 hasher.update(part.to("cpu", torch.float32).numpy())
         prints["weights"] = hasher.hexdigest()
     return prints
@@ -176,7 +190,7 @@ def _manifest_text(manifest: Mapping[str, Any], kind: str) -> str:
         ) from error
 
 
-def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As in a file: wide types first keep every tensor aligned, which safetensors relies on."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     return {name: tensors[name] for name in order}
@@ -205,10 +219,14 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
 def _sha256(manifest: str, tensors: Mapping[str, Tensor]) -> str:
     hasher = hashlib.sha256(manifest.encode())
     for name, tensor in tensors.items():
-        hasher.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        _announce(hasher, name, tensor)
         for chunk in _chunks(tensor):
             hasher.update(chunk)
     return hasher.hexdigest()
+
+
+def _announce(hasher: Any, name: str, tensor: Tensor) -> None:
+    hasher.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -6,16 +6,23 @@ A scorer (see `Scorer`) says which weights it scores and what it adds up while p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from safeopt import artifact, names, ops  # noqa: F401 (ops: registers torch.ops.safeopt)
+from safeopt import artifact, names
+from safeopt.parties import parties
 from safeopt.progress import bar
+from safeopt.ranks import largest, reshard
+from safeopt.sharded_file import write
+from safeopt.sharding import device_of, is_sharded, local, wrap
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Batch: TypeAlias = Mapping[str, Any]
 """`input_ids`, `attention_mask`, `labels`: int64 of shape (rows, tokens); `texts`: the prompts."""
@@ -32,6 +39,9 @@ class Scores(Mapping[str, Tensor]):
         tensors: by parameter name; other floating dtypes are converted to float32.
         provenance: JSON values that say where the scores come from. `score` fills in `model`
             (fingerprint), `method`, `arguments`, `prompts` (hash), `n` (their number), `torch`.
+
+    Scores of a sharded model are DTensors, sharded as their weights. All ranks make, check, save
+    and `select` from them together, as these compare notes; no rank ever holds all scores.
 
     Raises:
         TypeError: an entry is not a floating-point tensor.
@@ -69,20 +79,26 @@ class Scores(Mapping[str, Tensor]):
 
     def check(self) -> None:
         """Raise ValueError, naming the tensor, unless every score is finite and not negative."""
-        for name, tensor in self._tensors.items():
-            if tensor.numel() == 0:
-                continue
-            low, high = (float(value) for value in tensor.aminmax())
-            if not (low >= 0 and high < float("inf")):
-                raise ValueError(
-                    f"scores of {name!r} reach from {low} to {high}; they must be finite and not"
-                    " negative: look for overflow in the model or in what was added up"
-                )
+        extremes = {name: _extremes(local(tensor)) for name, tensor in self._tensors.items()}
+        bad = [not (low >= 0 and high < float("inf")) for low, high in extremes.values()]
+        spoiled = largest(bad, self._tensors.values())
+        if any(spoiled):
+            place = spoiled.index(1)
+            name, (low, high) = list(extremes.items())[place]
+            here = f"reach from {low} to {high}" if bad[place] else "are spoiled on another rank"
+            raise ValueError(
+                f"scores of {name!r} {here}; they must be finite and not negative: look for"
+                " overflow in the model or in what was added up"
+            )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write scores and provenance to one safetensors file (errors: see `artifact.write`)."""
+        """Write scores and provenance to one safetensors file (errors: see `artifact.write`).
+
+        Scores of a sharded model are gathered tensor by tensor, and the first rank writes the file;
+        all ranks call this, and all raise if it fails.
+        """
         self.check()
-        artifact.write(path, self._tensors, "scores", self.provenance)
+        write(path, self._tensors, "scores", self.provenance)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Scores:
@@ -104,7 +120,13 @@ class Observation(Protocol):
 
 
 class Scorer(Protocol):
-    """What `score` needs of a method: ESI is one; SNIP, Wanda or Fisher fit the same surface."""
+    """What `score` needs of a method: ESI is one; SNIP, Wanda or Fisher fit the same surface.
+
+    One that works on several processes has `parallel = True`; its observation then keeps all it
+    adds up in a `GradientSum` called `sums`, and `finish` gives this rank's part of each score. If
+    it adds nothing but gradients, `linear` is true as well. An observation may have a `check` that
+    takes a batch and raises ValueError for what `observe` would refuse.
+    """
 
     method: str
 
@@ -119,7 +141,12 @@ class Scorer(Protocol):
 
 
 def score(
-    model: nn.Module, batches: Iterable[Batch], scorer: Scorer, *, progress: bool = True
+    model: nn.Module,
+    batches: Iterable[Batch],
+    scorer: Scorer,
+    *,
+    progress: bool = True,
+    group: ProcessGroup | None = None,
 ) -> Scores:
     """Score the weights of a model on prompts.
 
@@ -127,113 +154,67 @@ def score(
     all parameters are as before afterwards, also after an error. Beside the activations, gradient
     scorers keep one float32 buffer per scored weight and never a full set of gradients.
 
+    Several processes: all call this together, and all raise if one of them cannot go on. Of a model
+    sharded by FSDP2 (`fully_shard`), each rank scores its own part, from gradients after their
+    reduction, and every rank is given the same batches. Of a model that every rank has whole (DDP),
+    `group` says that each rank has its own share of the batches: sums are added up over the ranks
+    before anything else is done with them, so scores are those of one process up to the order of
+    float32 additions. Both at once, a sharded model and shares, is for ESI(reduction="sum") with as
+    many batches on every rank. An objective of your own must then run the model equally often on
+    every rank. Nothing that is sharded is gathered, but for the fingerprint, once and singly.
+
     Args:
-        model: called as model(input_ids=..., attention_mask=...).
+        model: called as model(input_ids=..., attention_mask=...). The module inside DDP is scored.
         batches: made by `safeopt.data.batches`, or any mappings like those; read once, in order.
-        scorer: such as `safeopt.methods.esi.ESI()`.
-        progress: show a bar on stderr, if tqdm is installed.
+        scorer: such as `safeopt.methods.esi.ESI()`. Several processes: ESI, Fisher and SNIP.
+        progress: show a bar on stderr (of one rank), if tqdm is installed.
+        group: of ranks with different batches; their prompts are counted in rank order.
 
     Raises:
-        ValueError: no batches, no weights to score, or what the scorer objects to.
+        ValueError: no batches, no weights to score, or what the scorer objects to; batches, weights
+            or settings that do not fit together across ranks; DDP without `group`.
         FloatingPointError: a loss or gradient is NaN or infinite; the message names the prompt.
+        NotImplementedError: a sharded model that is not cut by `fully_shard` along rows, or a
+            scorer that needs whole matrices.
     """
-    if isinstance(batches, Mapping):
-        raise ValueError("batches is a single batch; pass a list of batches: [batch]")
+    model, ranks = parties(model, scorer, group)
     prompts: list[str] = []
     with _undisturbed(model):
-        targets = scorer.targets(model)
-        if not targets:
-            raise ValueError(f"{type(model).__name__} has no weight that {scorer.method} can score")
+        with ranks.together():
+            targets = scorer.targets(model)
+            if not targets:
+                kind = type(model).__name__
+                raise ValueError(f"{kind} has no weight that {scorer.method} can score")
+        ranks.meet(scorer, targets)
         observation = scorer.start(model, targets)
+        if ranks.differ:
+            observation.sums.differ = True  # type: ignore[attr-defined]
         try:
-            for batch in bar(batches, progress, f"score ({scorer.method})", "batch"):
-                prompts.extend(texts(batch))
-                observation.observe(_to(batch, next(model.parameters()).device))
-            if not prompts:
-                raise ValueError("batches is empty: give at least one prompt to score on")
-            tensors = observation.finish()
+            with ranks.together():
+                device = _device(model)
+                # Refused when read, as the other ranks wait for this one by then.
+                given = _single() if isinstance(batches, Mapping) else batches
+                shown = bar(given, progress and ranks.shows, _title(scorer), "batch")
+                for batch in ranks.agreed(shown, getattr(observation, "check", texts)):
+                    prompts.extend(texts(batch))
+                    observation.observe(_to(batch, device))
+                if not prompts:
+                    raise ValueError("batches is empty: give at least one prompt to score on")
+            prompts = ranks.merge(observation, prompts)
+            parts = observation.finish()
         finally:
             observation.close()
+    fingerprint = artifact.fingerprint(model)
+    ranks.require_same_weights(fingerprint)
     provenance = {
-        "model": artifact.fingerprint(model),
+        "model": fingerprint,
         "method": scorer.method,
         "arguments": scorer.arguments(),
         "prompts": artifact.digest(prompts),
         "n": len(prompts),
         "torch": torch.__version__,
     }
-    return Scores(tensors, provenance)
-
-
-class GradientSum:
-    """Adds up the gradient of each target in a float32 buffer, and drops the gradient at once.
-
-    A gradient lives from the moment it is complete until its hook has run: there is one buffer of
-    the model's size (`totals`), float32 whatever the model's dtype, and no full set of gradients.
-    After a FloatingPointError the totals may hold what caused it, and are of no further use.
-
-    Args:
-        targets: parameters by name. They are made to require gradients.
-        fold: from a float32 gradient to what is added, of the same shape; None adds the gradient.
-        absolute: add absolute values.
-    """
-
-    def __init__(
-        self,
-        targets: Mapping[str, Tensor],
-        fold: Callable[[Tensor], Tensor] | None = None,
-        *,
-        absolute: bool = False,
-    ) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.reached: set[str] = set()
-        self._fold = fold
-        self._absolute = absolute
-        self._handles = []
-        # One flag per target, set on its device and read after the backward: a hook waits for none.
-        devices = {weight.device for weight in targets.values()}
-        self._bad = {
-            device: torch.zeros(len(targets), dtype=torch.int32, device=device)
-            for device in devices
-        }
-        for place, (name, weight) in enumerate(targets.items()):
-            weight.requires_grad_(True)
-            self.totals[name] = torch.zeros_like(
-                weight, dtype=torch.float32, memory_format=torch.contiguous_format
-            )
-            hook = self._hook(name, self._bad[weight.device][place : place + 1])
-            self._handles.append(weight.register_post_accumulate_grad_hook(hook))
-
-    def _hook(self, name: str, bad: Tensor) -> Callable[[Tensor], None]:
-        def add(weight: Tensor) -> None:
-            gradient, weight.grad = weight.grad, None
-            assert gradient is not None  # autograd calls the hook after it has set .grad
-            self.reached.add(name)
-            if self._fold is not None:
-                gradient = self._fold(gradient.float())
-            torch.ops.safeopt.esi_accumulate_(
-                self.totals[name], gradient, bad, absolute=self._absolute
-            )
-
-        return add
-
-    def backward(self, value: Tensor) -> None:
-        """Differentiate a scalar; FloatingPointError if it or a gradient is not finite."""
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"the safety score is {value.item()}")
-        value.backward()
-        places = [at for flags in self._bad.values() for at in flags.nonzero().flatten().tolist()]
-        if places:
-            for flags in self._bad.values():
-                flags.zero_()
-            # The last in the model's order is the first that backward met.
-            name = list(self.totals)[max(places)]
-            raise FloatingPointError(f"the gradient of {name!r} is NaN or infinite")
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+    return Scores({name: wrap(part, targets[name]) for name, part in parts.items()}, provenance)
 
 
 def texts(batch: Batch) -> list[str]:
@@ -261,6 +242,26 @@ def rows(batch: Batch) -> list[Batch]:
     return [cut(batch, i) for i in range(len(batch["input_ids"]))]
 
 
+def _extremes(tensor: Tensor) -> tuple[float, float]:
+    low, high = tensor.aminmax() if tensor.numel() else (tensor.new_zeros(()),) * 2
+    return float(low), float(high)
+
+
+def _title(scorer: Scorer) -> str:
+    return f"score ({scorer.method})"
+
+
+def _single() -> Iterator[Batch]:
+    raise ValueError("batches is a single batch; pass a list of batches: [batch]")
+    yield
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model works; offloaded weights of FSDP2 lie elsewhere."""
+    weight = next(model.parameters())
+    return device_of(weight.device_mesh) if is_sharded(weight) else weight.device  # type: ignore[attr-defined]
+
+
 def _to(batch: Batch, device: torch.device) -> Batch:
     def move(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -282,6 +283,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.enable_grad():
             yield
     finally:
+        reshard(model)
         for module, training in modes.items():
             module.training = training
         for weight, (requires_grad, grad) in flags.items():

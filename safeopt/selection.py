@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from safeopt import selection_sharded as sharded
 from safeopt.mask import BitMask, SafetyMask
 from safeopt.ops.scoring import KEY_BITS, LARGEST
 from safeopt.scores import Scores
+from safeopt.sharding import add_up, is_sharded, local
 
 Scope = Literal["model", "tensor", "row"]
 Order = Literal["top", "bottom", "random"]
@@ -36,6 +38,10 @@ def select(
     seed: int = 0,
 ) -> SafetyMask:
     """The mask of exactly k = round(fraction * n) weights, by their scores.
+
+    Scores of a sharded model (DTensors): all ranks call this together, and each gets the mask of
+    all weights, bit for bit that of the whole scores. Counts go between the ranks, and the bits of
+    one tensor at a time, but no scores.
 
     n counts *scored* weights: of the whole model, of each tensor, or of each row (last dimension).
     Ties go to the first name in sorted order, then to the smallest index.
@@ -55,6 +61,7 @@ def select(
     Raises:
         ValueError: an argument out of range; scores that are all zero, or negative, infinite or NaN
             anywhere; a fraction so small that k is 0 everywhere.
+        NotImplementedError: scores sharded otherwise than by rows (tensor parallel).
 
     Warns:
         UserWarning: "top" had to take weights whose score is zero, or k is 0 in some tensors.
@@ -64,7 +71,8 @@ def select(
         scores.check()  # again, as tensors can be changed in place
     else:
         scores = Scores(scores)
-    if _all_zero(scores):
+    sharded.require_cut(scores)
+    if sharded.all_zero(scores):
         raise ValueError(
             "all scores are zero, so nothing can be selected by them; check that the prompts have"
             " responses and that gradients reach the scored weights"
@@ -73,7 +81,13 @@ def select(
     zeros = 0
     for group in [sorted(scores)] if scope == "model" else [[name] for name in sorted(scores)]:
         tensors = {name: scores[name] for name in group}
-        best = _best_per_row if scope == "row" else _best
+        if order == "random":  # every rank draws the same keys, for all rows
+            tensors = {name: sharded.blank(tensor) for name, tensor in tensors.items()}
+        # The one row of a vector may be cut in parts, which no row of a matrix is.
+        by_row = scope == "row" and not (
+            is_sharded(scores[group[0]]) and scores[group[0]].dim() < 2
+        )
+        best = _best_per_row if by_row else _best
         picked, lowest = best(tensors, fraction, order, seed)
         masks.update(picked)
         zeros += lowest
@@ -110,11 +124,6 @@ def _check(fraction: float, scope: str, order: str) -> None:
             raise ValueError(f"{name} is {value!r}; it must be one of {get_args(allowed)}")
 
 
-def _all_zero(scores: Scores) -> bool:
-    parts = (part for tensor in scores.values() for part in tensor.flatten().split(CHUNK))
-    return not any(bool(part.any()) for part in parts)
-
-
 def _best(
     tensors: Mapping[str, Tensor], fraction: float, order: Order, seed: int
 ) -> tuple[dict[str, BitMask], int]:
@@ -123,15 +132,19 @@ def _best(
 
     def read(name: str) -> Iterator[Tensor]:
         tensor = tensors[name]
-        return _drawn_pieces(name, seed, tensor) if order == "random" else _pieces(tensor)
+        return _drawn_pieces(name, seed, tensor) if order == "random" else _pieces(local(tensor))
 
     k = round(fraction * sum(tensor.numel() for tensor in tensors.values()))
-    threshold, count = _threshold(read, list(tensors), k, reverse)
-    ties = torch.tensor([count])
+    threshold, count = _threshold(read, tensors, k, reverse)
+    ties, shares = torch.tensor([count]), None
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        tied = [sum(sharded.count_ties(p, threshold, reverse) for p in read(n)) for n in tensors]
+        shares = sharded.shares(tensors, tied, count)
     masks = {}
     for name, tensor in tensors.items():
-        nbits = tensor.numel()
+        nbits = local(tensor).numel()
         bits = torch.empty((nbits + 7) // 8, dtype=torch.uint8, device=tensor.device)
+        ties = torch.tensor([shares[name]]) if shares else ties
         ties = ties.to(tensor.device)
         start = 0
         for keys in read(name):
@@ -139,7 +152,7 @@ def _best(
             part = bits[start // 8 : (end + 7) // 8]
             torch.ops.safeopt.select_bits_(part, keys, ties, threshold=threshold, reverse=reverse)
             start = end
-        masks[name] = BitMask(bits, 1, nbits, tensor.shape)
+        masks[name] = sharded.joined(bits, tensor)
     return masks, count if threshold == 0 else 0
 
 
@@ -176,7 +189,7 @@ def _best_per_row(
     """Masks of the k largest keys of every row, and how many of the chosen are zero."""
     masks, zeros = {}, 0
     for name, tensor in tensors.items():
-        table = tensor.reshape(-1, tensor.shape[-1])
+        table = local(tensor).reshape(-1, tensor.shape[-1])
         k = round(fraction * table.shape[1])
         parts = []
         for chunk in _row_keys(name, table, order, seed):
@@ -187,7 +200,8 @@ def _best_per_row(
             free = k - above.sum(1, keepdim=True)
             parts.append(above | (tied & (tied.cumsum(1, dtype=torch.int32) <= free)))
             zeros += int((parts[-1] & (chunk == 0)).sum())
-        masks[name] = BitMask.from_bool(torch.cat(parts).view(tensor.shape))
+        masks[name] = sharded.joined(sharded.pack(torch.cat(parts)), tensor)
+        zeros = sharded.total(zeros, tensor)
     return masks, zeros
 
 
@@ -203,22 +217,27 @@ def _row_keys(name: str, table: Tensor, order: Order, seed: int) -> Iterator[Ten
 
 
 def _threshold(
-    read: Callable[[str], Iterator[Tensor]], names: Sequence[str], k: int, reverse: bool
+    read: Callable[[str], Iterator[Tensor]], tensors: Mapping[str, Tensor], k: int, reverse: bool
 ) -> tuple[int, int]:
     """The k-th largest key, and how many keys equal to it belong to the k largest."""
     if k == 0:
         return LARGEST, 0
     prefix, shift = 0, KEY_BITS
+    first: dict[Any, Tensor] = {}
     for width in WIDTHS:
         shift -= width
-        tables: dict[torch.device, Tensor] = {}
-        for keys in (piece for name in names for piece in read(name)):
-            if keys.device not in tables:
-                tables[keys.device] = torch.zeros(1 << width, dtype=torch.int64, device=keys.device)
-            torch.ops.safeopt.key_histogram_(
-                tables[keys.device], keys, shift=shift, prefix=prefix, reverse=reverse
-            )
-        value, above = _crossing(torch.stack([table.cpu() for table in tables.values()]).sum(0), k)
+        tables: dict[Any, Tensor] = {}
+        for name, tensor in tensors.items():
+            place = (tensor.device, sharded.where(tensor))
+            if place not in tables:
+                tables[place] = torch.zeros(1 << width, dtype=torch.int64, device=tensor.device)
+                first[place] = tensor
+            for keys in read(name):
+                torch.ops.safeopt.key_histogram_(
+                    tables[place], keys, shift=shift, prefix=prefix, reverse=reverse
+                )
+        counts = [add_up(table, first[place]).cpu() for place, table in tables.items()]
+        value, above = _crossing(torch.stack(counts).sum(0), k)
         prefix, k = prefix << width | value, k - above
     return prefix, k
 

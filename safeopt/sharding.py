@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -58,7 +60,7 @@ def cut(full: Tensor, like: Tensor) -> Tensor:
 
 def wrap(part: Tensor, like: Tensor) -> Tensor:
     """The DTensor, sharded as `like`, of which `part` is this rank's; `part` for plain `like`."""
-    if not is_sharded(like):
+    if not is_sharded(like) or is_sharded(part):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -74,7 +76,7 @@ def wrap(part: Tensor, like: Tensor) -> Tensor:
 
 
 def add_up(value: Tensor, like: Tensor, dims: Collection[int] | None = None) -> Tensor:
-    """The sum of `value` over the ranks that hold different parts of `like`, in place.
+    """The sum of `value` over the ranks that hold different parts of `like`; it may be changed.
 
     Args:
         value: a plain tensor, of one shape on all ranks.
@@ -84,11 +86,20 @@ def add_up(value: Tensor, like: Tensor, dims: Collection[int] | None = None) -> 
     if not is_sharded(like):
         return value
     mesh = like.device_mesh  # type: ignore[attr-defined]
+    found = value.to(device_of(mesh))
     for axis, placement in enumerate(like.placements):  # type: ignore[attr-defined]
         dim = getattr(placement, "dim", None)
         if dim is not None and mesh.size(axis) > 1 and (dims is None or dim in dims):
-            dist.all_reduce(value, group=mesh.get_group(axis))
-    return value
+            dist.all_reduce(found, group=mesh.get_group(axis))
+    return found.to(value.device)
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """Where tensors must be that the ranks of a mesh send one another."""
+    kind = mesh.device_type
+    if kind == "cpu":
+        return torch.device(kind)
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def matched(gradient: Tensor, param: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from conftest import make_llama
 from torch import nn
 
 from safeopt import artifact, data
+from safeopt.gradient_sum import GradientSum
 from safeopt.methods import ESI
-from safeopt.scores import GradientSum, Scores, score
+from safeopt.scores import Scores, score
 from safeopt.targets import scorable
 
 ROWS = [

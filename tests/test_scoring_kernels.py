@@ -10,8 +10,9 @@ from conftest import make_llama
 from scoring_cases import DEFAULT, DTYPES, KERNELS, NAMES, histogram, keys_of, mixed_scores
 
 from safeopt import data
+from safeopt.gradient_sum import GradientSum
 from safeopt.methods import ESI
-from safeopt.scores import GradientSum, score
+from safeopt.scores import score
 from safeopt.selection import select
 
 

@@ -17,11 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from safeopt.gradient_sum import GradientSum
 from safeopt.mask import SafetyMask
 from safeopt.methods.esi import refusal_log_likelihood
 from safeopt.methods.linear_inputs import LinearInputs, Tokens, require_tokens
-from safeopt.scores import IGNORED, Batch, GradientSum, Scores, rows, texts
+from safeopt.scores import IGNORED, Batch, Scores, rows, texts
 from safeopt.selection import select
+from safeopt.sharding import local
 from safeopt.targets import scorable
 
 
@@ -53,6 +55,7 @@ class SNIP:
     head: bool = False
 
     method = "snip"
+    parallel = True
 
     def __post_init__(self) -> None:
         if self.loss not in ("sum", "mean"):
@@ -77,8 +80,7 @@ class SNIPObservation:
     def __init__(self, settings: SNIP, model: nn.Module, targets: Mapping[str, Tensor]) -> None:
         self._model, self._targets = model, targets
         self._mean = settings.loss == "mean"
-        self._sum = GradientSum(targets, absolute=True)
-        self._n = 0
+        self.sums = GradientSum(targets, absolute=True)
 
     def observe(self, batch: Batch) -> None:
         """Add |dL/dW| of each prompt; FloatingPointError names the prompt that spoils it."""
@@ -86,9 +88,9 @@ class SNIPObservation:
             loss = -refusal_log_likelihood(self._model, part).sum()
             if self._mean:
                 loss = loss / (part["labels"][:, 1:] != IGNORED).sum()
-            self._n += 1
+            self.sums.n += 1
             try:
-                self._sum.backward(loss)
+                self.sums.backward(loss)
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"{error}, on the prompt {texts(part)[0]!r}; leave it out, or score in float32"
@@ -96,15 +98,15 @@ class SNIPObservation:
 
     def finish(self) -> dict[str, Tensor]:
         """The scores; they take the place of the sums, so that no second buffer is needed."""
-        if not self._sum.reached:
+        if not self.sums.reached:
             raise ValueError("no prompt gave a gradient to any scored weight; check the responses")
-        for name, total in self._sum.totals.items():
-            total.mul_(self._targets[name].detach().abs()).div_(self._n)
-        return self._sum.totals
+        for name, total in self.sums.totals.items():
+            total.mul_(local(self._targets[name].detach()).abs()).div_(self.sums.n)
+        return self.sums.totals
 
     def close(self) -> None:
         """Remove the hooks."""
-        self._sum.close()
+        self.sums.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from safeopt import names
 from safeopt.methods.linear_inputs import Tokens, counted
+from safeopt.ranks import refuse_sharded
 from safeopt.scores import Batch, texts
 from safeopt.units import UnitGroup, UnitMap
 from safeopt.units.experts import expert_channels, routing
@@ -60,9 +61,11 @@ class MomentHooks:
 
     Raises:
         ValueError: an expert that is a module of its own, which sees tokens of unknown origin.
+        NotImplementedError: the model is sharded over processes.
     """
 
     def __init__(self, model: nn.Module, units: UnitMap, tokens: Tokens) -> None:
+        refuse_sharded(model, "looking at the inputs of weights")
         self._model = model
         self._tokens = tokens
         self._shape: tuple[int, ...] = ()

@@ -15,8 +15,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from safeopt.scores import IGNORED, Batch, GradientSum, rows, texts
+from safeopt.gradient_sum import GradientSum
+from safeopt.scores import IGNORED, Batch, rows, texts
+from safeopt.sharding import add_up, is_sharded, local
 from safeopt.targets import scorable
+
+CHUNK = 1 << 20  # weights in hand as float64
 
 Objective: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 """From model and batch to one differentiable number per prompt, higher = safer: shape (rows,)."""
@@ -63,6 +67,12 @@ class ESI:
     head: bool = True
 
     method = "esi"
+    parallel = True
+
+    @property
+    def linear(self) -> bool:
+        """Whether nothing but gradients is added up over prompts."""
+        return self.reduction == "sum"
 
     def __post_init__(self) -> None:
         if not callable(self.objective) and self.objective not in OBJECTIVES:
@@ -99,8 +109,16 @@ class ESIObservation:
         self._objective = OBJECTIVES[chosen] if isinstance(chosen, str) else chosen
         self._model = model
         self._singly = settings.reduction == "mean_abs"
-        self._sum = GradientSum(targets, absolute=self._singly)
-        self._n = 0
+        self.sums = GradientSum(targets, absolute=self._singly)
+
+    def check(self, batch: Batch) -> None:
+        """ValueError for a batch that the objective would refuse."""
+        if self._objective is refusal_margin:
+            require_pairs(batch)
+            require_responses(batch["compliance"])
+        if self._objective in (refusal_log_likelihood, refusal_margin):
+            require_responses(batch)
+        texts(batch)
 
     def observe(self, batch: Batch) -> None:
         """Add the gradients of one batch; FloatingPointError names the prompt that spoils it."""
@@ -109,32 +127,32 @@ class ESIObservation:
             for part in parts if self._singly else [batch]:
                 self._add(part)
         except FloatingPointError as error:
-            prompt, reason = next(filter(None, map(self._fault, parts)), (texts(batch), error))
+            # Ranks with batches of their own cannot look for it together, prompt by prompt.
+            again = [] if self.sums.differ else parts
+            prompt, reason = next(filter(None, map(self._fault, again)), (texts(batch), error))
             raise FloatingPointError(
                 f"{reason}, on the prompt {prompt!r}; leave it out, or score in float32"
             ) from error
-        self._n += len(parts)
+        self.sums.n += len(parts)
 
     def finish(self) -> dict[str, Tensor]:
         """The scores; they take the place of the sums, so that no second buffer is needed."""
-        if not self._sum.reached:
+        if not self.sums.reached:
             raise ValueError(
                 "no prompt gave a gradient to any scored weight; check objective and responses"
             )
-        scale = 1 / self._n if self._singly else 1.0
+        scale = 1 / self.sums.n if self._singly else 1.0
         return {
             name: total.abs_().mul_(self._sigma[name] * scale)
-            for name, total in self._sum.totals.items()
+            for name, total in self.sums.totals.items()
         }
 
     def close(self) -> None:
         """Remove the hooks."""
-        self._sum.close()
+        self.sums.close()
 
     def _add(self, batch: Batch) -> None:
-        safety = self._objective(self._model, batch).sum()
-        if safety.requires_grad:  # a judge may have found nothing to rate in the whole batch
-            self._sum.backward(safety)
+        self.sums.backward(self._objective(self._model, batch).sum())
 
     def _fault(self, part: Batch) -> tuple[str, FloatingPointError] | None:
         try:
@@ -152,16 +170,8 @@ def refusal_log_likelihood(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: a row without response tokens, naming the prompt.
     """
-    labels = batch.get("labels")
-    if labels is None:
-        raise ValueError("the batch has no 'labels'; give rows with an instruction and a response")
-    counted = labels[:, 1:] != IGNORED
-    for text, some in zip(texts(batch), counted.any(1).tolist(), strict=True):
-        if not some:
-            raise ValueError(
-                f"no response tokens for the prompt {text!r}; this objective needs a response to"
-                " every prompt, and max_length must leave room for it"
-            )
+    counted = require_responses(batch)
+    labels = batch["labels"]
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
     logits = model(**inputs).logits[:, :-1]
     picked = logits[counted.to(logits.device)].float()
@@ -177,6 +187,32 @@ def refusal_margin(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: no "compliance" in the batch, or one with other prompts.
     """
+    require_pairs(batch)
+    refusing = refusal_log_likelihood(model, batch)
+    return refusing - refusal_log_likelihood(model, batch["compliance"])
+
+
+def require_responses(batch: Batch) -> Tensor:
+    """Which tokens after the first belong to responses: bool, shape (rows, tokens - 1).
+
+    Raises:
+        ValueError: no labels, or a row without response tokens, naming the prompt.
+    """
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError("the batch has no 'labels'; give rows with an instruction and a response")
+    counted = labels[:, 1:] != IGNORED
+    for text, some in zip(texts(batch), counted.any(1).tolist(), strict=True):
+        if not some:
+            raise ValueError(
+                f"no response tokens for the prompt {text!r}; this objective needs a response to"
+                " every prompt, and max_length must leave room for it"
+            )
+    return counted
+
+
+def require_pairs(batch: Batch) -> None:
+    """ValueError unless a batch holds, under "compliance", one of the same prompts."""
     other = batch.get("compliance")
     if other is None:
         raise ValueError(
@@ -188,7 +224,6 @@ def refusal_margin(model: nn.Module, batch: Batch) -> Tensor:
         named and texts(other) != texts(batch)
     ):
         raise ValueError("batch['compliance'] holds other prompts than the batch; keep their order")
-    return refusal_log_likelihood(model, batch) - refusal_log_likelihood(model, other)
 
 
 OBJECTIVES: dict[str, Objective] = {"refusal_nll": refusal_log_likelihood, "margin": refusal_margin}
@@ -197,18 +232,37 @@ OBJECTIVES: dict[str, Objective] = {"refusal_nll": refusal_log_likelihood, "marg
 def deviation(name: str, weight: Tensor, per_row: bool) -> Tensor:
     """Unbiased standard deviation of each matrix or row, float32, shaped to multiply `weight`.
 
+    Of a sharded weight, what multiplies this rank's rows (or experts); a matrix that lies on
+    several ranks has the deviation of the whole, from sums over the ranks.
+
     Raises:
         ValueError: a matrix or row of one element has none.
     """
+    part = local(weight.detach())
     if weight.dim() == 3:  # one expert at a time: the float32 copy stays small
-        return torch.stack([deviation(name, expert, per_row) for expert in weight])
+        each = [deviation(name, expert, per_row) for expert in part]
+        return torch.stack(each) if each else part.new_zeros((0, 1, 1), dtype=torch.float32)
     if (weight.shape[1] if per_row else weight.numel()) < 2:
         raise ValueError(
             f"{name!r} of shape {tuple(weight.shape)} has a {'row' if per_row else 'matrix'} of one"
             " element, which has no standard deviation; use sigma='tensor'"
         )
-    values = weight.detach().float()
-    return values.std(dim=1, keepdim=True) if per_row else values.std().view(1, 1)
+    if per_row:
+        return part.float().std(dim=1, keepdim=True)
+    if not is_sharded(weight):
+        return part.float().std().view(1, 1)
+    mean = _total(weight, lambda values: values) / weight.numel()
+    squares = _total(weight, lambda values: (values - mean).square_())
+    return (squares / (weight.numel() - 1)).sqrt().float().view(1, 1)
+
+
+def _total(weight: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """A sum over a sharded matrix, in float64, so that sigma is that of one process in float32."""
+    part = local(weight.detach())
+    total = torch.zeros((), dtype=torch.float64, device=part.device)
+    for piece in part.reshape(-1).split(CHUNK):
+        total += of(piece.double()).sum()
+    return add_up(total, weight)
 
 
 def describe(objective: Any) -> Any:

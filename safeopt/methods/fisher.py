@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from safeopt import names
+from safeopt.gradient_sum import GradientSum
 from safeopt.methods.esi import OBJECTIVES, Objective, describe
-from safeopt.scores import Batch, GradientSum, rows, texts
+from safeopt.scores import Batch, rows, texts
 from safeopt.targets import scorable
 
 
@@ -52,6 +53,7 @@ class Fisher:
     cover: Literal["all", "linear"] = "all"
 
     method = "fisher"
+    parallel = True
 
     def __post_init__(self) -> None:
         if not callable(self.objective) and self.objective not in OBJECTIVES:
@@ -93,18 +95,15 @@ class FisherObservation:
         self._objective = OBJECTIVES[chosen] if isinstance(chosen, str) else chosen
         self._model = model
         self._power = settings.power
-        self._sum = GradientSum(targets, fold=torch.square)
-        self._n = 0
+        self.sums = GradientSum(targets, fold=torch.square)
 
     def observe(self, batch: Batch) -> None:
         """Add the squares of each prompt; FloatingPointError names the prompt that spoils them."""
         for part in rows(batch):
             safety = self._objective(self._model, part).sum()
-            self._n += 1
-            if not safety.requires_grad:  # a judge may have found nothing to rate
-                continue
+            self.sums.n += 1
             try:
-                self._sum.backward(safety)
+                self.sums.backward(safety)
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"{error}, on the prompt {texts(part)[0]!r} (or its square is: gradients beyond"
@@ -113,16 +112,16 @@ class FisherObservation:
 
     def finish(self) -> dict[str, Tensor]:
         """The scores; they take the place of the sums, so that no second buffer is needed."""
-        if not self._sum.reached:
+        if not self.sums.reached:
             raise ValueError(
                 "no prompt gave a gradient to any scored weight; check objective and responses"
             )
-        for total in self._sum.totals.values():
-            total.div_(self._n)
+        for total in self.sums.totals.values():
+            total.div_(self.sums.n)
             if self._power != 1:
                 total.pow_(self._power)
-        return self._sum.totals
+        return self.sums.totals
 
     def close(self) -> None:
         """Remove the hooks."""
-        self._sum.close()
+        self.sums.close()

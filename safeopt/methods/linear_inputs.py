@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from safeopt.ranks import refuse_sharded
 from safeopt.scores import IGNORED, Batch, texts
 
 Tokens = Literal["response", "all"]
@@ -40,9 +41,11 @@ class LinearInputs:
 
     Raises:
         ValueError: a weight of another kind of module, or an expert stack of another layout.
+        NotImplementedError: the model is sharded over processes.
     """
 
     def __init__(self, model: nn.Module, targets: Mapping[str, Tensor], take: Take) -> None:
+        refuse_sharded(model, "looking at the inputs of weights")
         self.transposed: set[str] = set()
         self.unseen = set(targets)
         self._model, self._take = model, take

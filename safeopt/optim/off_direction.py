@@ -15,6 +15,7 @@ from safeopt.operators import Operator
 from safeopt.optim.live import named
 from safeopt.optim.pairing import Pair, Scale, pairs_of, require_numbers
 from safeopt.optim.starting_values import Source, StartingValues
+from safeopt.ranks import whole
 from safeopt.sharding import add_up, box, cut, is_sharded, local
 
 Members: TypeAlias = Iterable[tuple[str, Tensor, int]]
@@ -226,7 +227,7 @@ class OffDirection:
 
 def _whole(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """B, of a sharded one the rows of this rank, and A (r, in), which all ranks need whole."""
-    return local(B), A.detach().full_tensor() if is_sharded(A) else A  # type: ignore[operator]
+    return local(B), whole(A.detach())
 
 
 def require_factors(name: str, operator: Operator, p: Tensor) -> None:

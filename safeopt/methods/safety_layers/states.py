@@ -13,6 +13,7 @@ from safeopt.data import Batch, batches
 from safeopt.evaluate.generate import evaluating, require_prompts
 from safeopt.methods.safety_layers.blocks import Blocks, blocks_of
 from safeopt.progress import bar
+from safeopt.ranks import refuse_sharded
 
 ALPACA = (
     "{{ bos_token }}Below is an instruction that describes a task. Write a response that"
@@ -56,6 +57,7 @@ def hidden_states(
         ValueError: no prompts, a string in place of a list, a prompt too long for the model, blocks
             that cannot be told.
         FloatingPointError: a state is NaN or infinite; the message names prompt and block.
+        NotImplementedError: the model is sharded over processes.
     """
     require_prompts(prompts)
     known = blocks_of(model, blocks)
@@ -85,6 +87,7 @@ def last_states(model: Any, batch: Batch, *, blocks: str | None = None) -> Tenso
 
 
 def _last_states(model: Any, batch: Batch, blocks: Blocks) -> Tensor:
+    refuse_sharded(model, "reading the states of blocks")
     device = next(model.parameters()).device
     ids = batch["input_ids"].to(device)
     attention = batch.get("attention_mask")
