@@ -105,9 +105,9 @@ def merge_masked(model: nn.Module, mask: SafetyMask) -> tuple[nn.Module, dict[st
         `masked_penalty`, or with rows (`lora_mask`).
 
     Raises:
-        ValueError: quantised base weights; changes that are NaN or infinite; biases trained in
-            place (`bias=`) that the mask selects, whose start is gone; what `masked_penalty`
-            refuses, but for no adapter. Nothing has been changed then.
+        ValueError: quantised or sharded base weights; changes that are NaN or infinite; biases
+            trained in place (`bias=`) that the mask selects, whose start is gone; what
+            `masked_penalty` refuses, but for no adapter. Nothing has been changed then.
     """
     require_freezable(mask, "merge_masked")
     found = masked(model, mask)
@@ -164,11 +164,12 @@ def _require_mergeable(model: nn.Module, found: Masked) -> None:
             " (unwrapped: model.module of DDP, accelerator.unwrap_model(model))"
         )
     for adapter in found.adapters:
-        if adapter.weight is None or is_quantised(adapter.weight):
+        weight = adapter.weight
+        if weight is None or is_quantised(weight) or type(weight.data) is not Tensor:
             raise ValueError(
                 f"the base weight of {adapter.name!r} is quantised, and merging would round all of"
-                " it anew: save the adapter, load the base model in bfloat16, put the adapter on it"
-                " with PeftModel.from_pretrained, and merge that"
+                " it anew (or it is sharded): save the adapter, load the base model in bfloat16 in"
+                " one process, put the adapter on it with PeftModel.from_pretrained, and merge that"
             )
     biases = {
         getattr(config, "bias", "none")

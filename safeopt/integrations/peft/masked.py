@@ -174,7 +174,7 @@ def _rules(mask: SafetyMask, known: dict[str, str]) -> dict[str, BitMask]:
                 f"{name!r} and another name of the tied weight {known[name]!r} carry different"
                 " masks; keep one of them, or combine them with | or &"
             )
-    return {name: rule for name, rule in rules.items() if rule.count_units()}
+    return {name: rule for name, rule in rules.items() if bool(rule.bits.any())}
 
 
 def _parents(name: str) -> Iterator[tuple[str, str]]:

@@ -56,7 +56,7 @@ def lora_mask(model: nn.Module, mask: SafetyMask) -> SafetyMask:
             "the model has no trainable LoRA adapters; make them with get_peft_model, or load them"
             " with PeftModel.from_pretrained(..., is_trainable=True)"
         )
-    found = masked(model, mask)
+    found = masked(model, mask.to("cpu"))
     for adapter in found.adapters:
         held.update(_held(adapter))
     for name, (_, rule) in found.bases.items():
@@ -80,8 +80,7 @@ def held_beside(found: Masked) -> dict[str, BitMask]:
 
 def _held(adapter: Adapter) -> dict[str, BitMask]:
     rows = _whole_rows(adapter)
-    rows = rows.to(adapter.B.device)
-    moved = (rows & (adapter.B.detach() != 0).any(dim=1)).nonzero().flatten().tolist()
+    moved = (rows & (adapter.B.detach() != 0).any(dim=1).cpu()).nonzero().flatten().tolist()
     if moved:
         raise ValueError(
             f"{len(moved)} rows of lora_B of {adapter.name!r} are to be held and are not 0 (rows"

@@ -95,7 +95,7 @@ def shira_mask(model: nn.Module, mask: SafetyMask) -> SafetyMask:
     """
     require_freezable(mask, "shira_mask")
     trainable = {names.canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
-    found = masked(model, mask, kind="shira_weight")
+    found = masked(model, mask.to("cpu"), kind="shira_weight")
     held: dict[str, BitMask] = {}
     for path, module in model.named_modules():
         place = names.canonical(path)
@@ -104,7 +104,7 @@ def shira_mask(model: nn.Module, mask: SafetyMask) -> SafetyMask:
             if f"{place}.weight" in found.bases:
                 _, rule = found.bases[f"{place}.weight"]
                 row, column = cast(Any, module).shira_indices[key].long().cpu()
-                selected = rule.to_bool("cpu")[row, column]
+                selected = rule.to_bool()[row, column]
             held[f"{place}.shira_weight.{key}"] = BitMask.from_bool(selected)
             if values.requires_grad and bool((values.detach().cpu()[selected] != 0).any()):
                 raise ValueError(
