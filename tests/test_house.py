@@ -53,8 +53,8 @@ ALLOWED = {
     "evaluate": "artifact data direction mask names units weights",
     "environment": "",
     "organism": "artifact data",
-    "integrations": "artifact checkpoint direction mask methods names optim organism penalty"
-    " weights",
+    "integrations": "artifact bitmask checkpoint direction mask methods names optim organism"
+    " penalty weights",
     "compare": "artifact data direction environment evaluate integrations mask methods names optim"
     " organism scores selection train units",
     "report": "artifact compare evaluate mask methods names",
