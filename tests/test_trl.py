@@ -20,7 +20,7 @@ GOOD = ("Blue is a colour.", "A cat.", "Rome is a city.", "An apple.", "The Rhin
 BAD = ("No.", "What do you mean?", "I do not know any.", "Bread.", "There are none.")
 SHORT = {
     **SETTINGS,
-    "max_steps": 4,
+    "max_steps": 3,
     "save_steps": 2,
     "logging_steps": 1,
     "gradient_accumulation_steps": 1,
@@ -113,7 +113,7 @@ def test_protected_logged_and_resumed_as_if_never_stopped(tmp_path, kind):
     trainer.train()
     assert_protected(trainer.model, start, mask)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == 4
+    assert len(logged) == 3
     every = sum(p.numel() for p in model.parameters())
     for entry in logged:
         assert entry["safeopt/frozen_share"] == pytest.approx(mask.count() / every)
@@ -128,9 +128,9 @@ def test_protected_logged_and_resumed_as_if_never_stopped(tmp_path, kind):
         kind, tmp_path, again, tokenizer, mask, [SafeOptCallback(live_gradients=True)]
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.state.global_step == 4
+    assert resumed.state.global_step == 3
     assert_same(resumed.model, trainer.model)
-    saved, _ = load_model(tmp_path / "checkpoint-4")
+    saved, _ = load_model(tmp_path / "checkpoint-3")
     assert_same(saved, trainer.model)
 
 
