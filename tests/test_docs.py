@@ -38,6 +38,7 @@ def run(script: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_page_runs_as_one_script(page: Path, tmp_path: Path) -> None:
     """In a process of its own and an empty folder, as for a user who pastes block after block."""

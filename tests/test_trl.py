@@ -10,8 +10,14 @@ from helpers import assert_same
 from trainer_cases import SETTINGS, assert_protected, copy_of
 
 from safeopt import SafetyMask
-from safeopt.integrations.transformers import SafeOptCallback, SafeOptTrainerMixin, load_model
+from safeopt.integrations.transformers import (
+    SafeOptCallback,
+    SafeOptTrainerMixin,
+    load_model,
+    located,
+)
 
+transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
@@ -49,6 +55,12 @@ def instructed():
     return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in paired()]
 
 
+def compared():
+    return [
+        {kind: row["prompt"] + row[kind] for kind in ("chosen", "rejected")} for row in paired()
+    ]
+
+
 def judged():
     return [
         {"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
@@ -84,6 +96,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "DPO": (paired, {"max_length": 64}, {}),
     "KTO": (judged, {"max_length": 64}, {}),
     "GRPO": (asked, SAMPLED, {"reward_funcs": later}),
+    "Reward": (compared, {"max_length": 64}, {}),
     "RLOO": (asked, SAMPLED, {"reward_funcs": later}),
 }
 
@@ -135,9 +148,12 @@ def test_protected_logged_and_resumed_as_if_never_stopped(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["KTO", "GRPO", "RLOO"])
-def test_trainers_that_take_no_optimizer_class(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["KTO", "GRPO", "RLOO", "Reward"])
+def test_the_other_trainers_protect_too(tmp_path, kind):
     model, tokenizer = load_model("organism:aligned")
+    if kind == "Reward":
+        classifier = transformers.AutoModelForSequenceClassification
+        model = classifier.from_pretrained(located("organism:aligned"), num_labels=1)
     start, mask = copy_of(model), mask_of(model)
     trainer = trainer_of(kind, tmp_path, model, tokenizer, mask, max_steps=2, save_strategy="no")
     trainer.train()

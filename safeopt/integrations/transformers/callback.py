@@ -29,15 +29,16 @@ class SafeOptCallback(TrainerCallback, ExportableState):
 
     When training begins: is the trainer's optimizer ours (or the model under our parametrization),
     does it protect anything, and are its parameters those of the model. Every `check_every` steps,
-    and at the end: do the frozen elements have the bits they had at the start. At every save: can
-    the checkpoint be loaded as a plain model. Each is a RuntimeError where it fails.
+    and at the end: do the frozen elements have the bits they had at the start. At every save: do
+    the checkpoint's safetensors load into a plain model. Each is a RuntimeError where it fails.
 
     With the loss it logs
 
         safeopt/frozen_share     share of the optimizer's elements that cannot move
         safeopt/live_grad_norm   norm of the gradients of live elements in the last step, after
                                  clipping, as the optimizer sees them
-        safeopt/drift            ||w - w_start|| / ||w_start|| over the parameters that train
+        safeopt/drift            ||w - w_start|| / ||w_start|| of the parameters that train, since
+                                 training began or was resumed
         safeopt/penalty          AsFTAdamW: lam * sum ||(I - C) dW||_F^2
         safeopt/anchor_penalty   anchor=: strength * sum of s (w - a)^2
 
