@@ -38,6 +38,7 @@ ALLOWED = {
     " selection targets train units weights",
     "ops": "bitmask",
     "optim": "artifact direction mask names operators ops penalty scores weights",
+    "parametrize": "bitmask direction mask names operators optim",
     "data": "",
     "checkpoint": "artifact data",
     "train": "checkpoint data",
@@ -52,7 +53,7 @@ ALLOWED = {
     "cli": "_version artifact compare data direction environment evaluate integrations mask methods"
     " ops optim organism report scores selection train units safeopt",
     "__main__": "cli",
-    "__init__": "_version direction evaluate mask methods optim penalty scores selection",
+    "__init__": "_version direction evaluate mask methods optim parametrize penalty scores selection",
 }
 
 
@@ -126,6 +127,7 @@ def test_public_names() -> None:
         "evaluate",
         "hold",
         "methods",
+        "parametrize",
         "project_step",
         "score",
         "select",
