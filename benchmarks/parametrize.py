@@ -114,8 +114,8 @@ def size(tensors: Iterable[Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=600.0, help="seconds of timing")
     parser.add_argument("--threads", type=int, default=1)

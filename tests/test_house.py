@@ -53,7 +53,8 @@ ALLOWED = {
     "cli": "_version artifact compare data direction environment evaluate integrations mask methods"
     " ops optim organism report scores selection train units safeopt",
     "__main__": "cli",
-    "__init__": "_version direction evaluate mask methods optim parametrize penalty scores selection",
+    "__init__": "_version direction evaluate mask methods optim parametrize penalty scores"
+    " selection",
 }
 
 
