@@ -24,7 +24,8 @@ MARK = "_safeopt_dressed"
 
 def attach(module: nn.Module, name: str, kept: Kept) -> None:
     """Register `kept` on a parameter, which stays the same object and is the part that trains."""
-    getattr(module, name).grad = None  # of another shape, maybe
+    if kept.resizes:
+        module.get_parameter(name).grad = None  # it has the old shape
     torch_parametrize.register_parametrization(module, name, kept)
     cls: Any = type(module)
     cls.__getstate__ = _refuse_to_pickle

@@ -35,12 +35,14 @@ def freeze(model: nn.Module, mask: SafetyMask) -> nn.Module:
     An element mask that selects whole rows or columns is taken as one of rows or columns. For other
     element masks Muon refuses the vector, Adafactor does not factor it, and putting the weight
     together takes about as long as a small matmul: for large ones prefer `SafeAdamW(freeze=mask)`,
-    or `hold` for any other optimizer.
+    or `hold` for any other optimizer. Element-wise optimizers (AdamW, SGD) move what is live as in
+    the whole weight; to Muon and Adafactor the live rows or columns are the matrix.
 
     Logits are those of the model before, to the bit. `state_dict()` and `save_pretrained` give the
-    whole weights under their plain names, and `load_state_dict` takes such. torch.save(model) and
-    writes to `module.weight`, such as PEFT's merge_and_unload, are refused: `remove` first. A LoRA
-    adapter put on top later changes what the layer gives out, frozen rows included.
+    whole weights under their plain names; `load_state_dict` takes such, and sets the frozen part
+    too. torch.save(model) and writes to `module.weight`, such as PEFT's merge_and_unload, are
+    refused: `remove` first. A LoRA adapter put on top later changes what the layer gives out,
+    frozen rows included. Second derivatives through a split nn.Linear are refused.
 
     Args:
         model: changed in place. Names may carry wrappers (DDP, torch.compile).
