@@ -249,3 +249,23 @@ def test_what_the_mask_leaves_alone(model: Any) -> None:
     assert model.get_parameter(NOTHING).requires_grad
     assert not model.get_parameter(WHOLE).requires_grad
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def test_weight_and_bias_of_one_layer() -> None:
+    layer = nn.Linear(7, 9)
+    start, rows = copy.deepcopy(layer), torch.arange(9) % 3 > 0
+    mask = SafetyMask.from_rows({"weight": rows}, layer) | SafetyMask.from_bool({"bias": rows})
+    parametrize.freeze(layer, mask)
+    x = torch.randn(5, 7)
+    assert type(layer(x)) is torch.Tensor
+    assert torch.equal(layer(x), start(x))
+    optimizer = torch.optim.AdamW(layer.parameters(), **HYPER)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    expected = layer(x)
+    parametrize.remove(layer)
+    assert type(layer) is nn.Linear
+    assert torch.equal(layer(x), expected)
+    for now, before in zip(layer.parameters(), start.parameters(), strict=True):
+        assert same_bits(now[rows], before[rows])
+        assert (now[~rows] != before[~rows]).all()
