@@ -11,6 +11,7 @@ if _find_spec("safeopt.gp_opt") is not None:
 
 import safeopt.evaluate as evaluate
 import safeopt.methods as methods
+import safeopt.parametrize as parametrize
 from safeopt._version import __version__
 from safeopt.direction import AlignmentDirection
 from safeopt.mask import BitMask, SafetyMask
@@ -31,6 +32,7 @@ __all__ = [
     "evaluate",
     "hold",
     "methods",
+    "parametrize",
     "project_step",
     "score",
     "select",

@@ -47,6 +47,7 @@ ALLOWED = {
     "ops": "bitmask",
     "optim": "artifact bitmask direction mask names operators ops penalty ranks scores"
     " sharding weights",
+    "parametrize": "bitmask direction mask names operators optim",
     "data": "",
     "checkpoint": "artifact data",
     "train": "checkpoint data",
@@ -61,7 +62,8 @@ ALLOWED = {
     "cli": "_version artifact compare data direction environment evaluate integrations mask methods"
     " ops optim organism report scores selection train units safeopt",
     "__main__": "cli",
-    "__init__": "_version direction evaluate mask methods optim penalty scores selection",
+    "__init__": "_version direction evaluate mask methods optim parametrize penalty scores"
+    " selection",
 }
 
 
@@ -135,6 +137,7 @@ def test_public_names() -> None:
         "evaluate",
         "hold",
         "methods",
+        "parametrize",
         "project_step",
         "score",
         "select",
