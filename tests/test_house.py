@@ -55,7 +55,7 @@ ALLOWED = {
     "environment": "",
     "organism": "artifact data",
     "integrations": "artifact bitmask checkpoint direction mask methods names optim organism"
-    " penalty weights",
+    " penalty sharding weights",
     "compare": "artifact data direction environment evaluate integrations mask methods names optim"
     " organism scores selection train units",
     "report": "artifact compare evaluate mask methods names",

@@ -6,10 +6,10 @@ import pytest
 import torch
 from trainer_cases import arguments, copy_of, llama, mask_of, rows
 
+from safeopt import parametrize
 from safeopt.integrations.transformers import SafeOptCallback
 
 transformers = pytest.importorskip("transformers")
-parametrize = pytest.importorskip("safeopt.parametrize")
 
 
 def trainer_of(folder):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from safeopt.optim.safe_adamw import SafeAdamW
+from safeopt.sharding import local
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PIECE = 1 << 16  # elements hashed at a time: a few int64 copies that fit into a cache
@@ -35,12 +35,6 @@ def frozen_here(optimizer: SafeAdamW, name: str, p: Tensor, live: int) -> Tensor
     if part.numel() == 0:
         return torch.zeros(0, dtype=torch.bool, device=part.device)
     return ~optimizer._where(name, p)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that lies on this rank; any other tensor as it is."""
-    whole: Any = tensor.detach()
-    return whole.to_local() if hasattr(tensor, "to_local") else whole
 
 
 @torch.no_grad()

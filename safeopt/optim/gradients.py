@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from safeopt.optim.frozen import frozen_here, frozen_parameters, local
+from safeopt.optim.frozen import frozen_here, frozen_parameters
 from safeopt.optim.safe_adamw import SafeAdamW
+from safeopt.ranks import whole
+from safeopt.sharding import local, wrap
 
 AGAIN = (
     "Call live_gradients(optimizer) after the model was sharded or wrapped (fully_shard,"
@@ -44,10 +46,8 @@ class LiveGradients:
             if param.grad is None:
                 return
             with torch.no_grad():
-                gradient, frozen = (
-                    local(param.grad),
-                    frozen_here(self._optimizer, name, param, live),
-                )
+                gradient = local(param.grad)
+                frozen = frozen_here(self._optimizer, name, param, live)
                 if frozen is None:
                     gradient.zero_()
                 else:
@@ -124,24 +124,8 @@ def live_gradient_norm(optimizer: SafeAdamW) -> Tensor:
         if live < p.numel():
             frozen = frozen_here(optimizer, name, p, live)
             gradient = gradient.masked_fill(frozen.view(gradient.shape), 0)  # type: ignore[union-attr]
-        norms.append(torch.linalg.vector_norm(_like(gradient, p).float()))
-    whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
-    if not whole:
+        norms.append(torch.linalg.vector_norm(wrap(gradient, p).float()))
+    found = list(map(whole, norms))
+    if not found:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([n.to(whole[0].device) for n in whole]))
-
-
-def _like(part: Tensor, p: Tensor) -> Tensor:
-    """A DTensor that is sharded as `p`, of which `part` is this rank's; `part` for plain ones."""
-    if not hasattr(p, "device_mesh"):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part,
-        p.device_mesh,
-        p.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=p.shape,
-        stride=p.stride(),
-    )
+    return torch.linalg.vector_norm(torch.stack([n.to(found[0].device) for n in found]))

@@ -151,8 +151,9 @@ class LiveSet:
                 raise ValueError(
                     f"{name!r} is a trainable LoRA adapter that the {self.argument}= mask does not"
                     " name: an adapter moves every element of its base weight, so a mask made for"
-                    " base weights cannot protect them. Merge the adapters (merge_and_unload) and"
-                    " train the base weights with this mask, or train the adapters without a mask"
+                    " base weights cannot protect them. safeopt.integrations.peft.lora_mask makes"
+                    " one for adapters of it (docs/peft.md); or merge them (merge_and_unload) and"
+                    " train the base weights with this mask, or train them without a mask"
                 )
 
     def check_names(self, names: Iterable[str]) -> None:

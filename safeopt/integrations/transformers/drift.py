@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from safeopt.optim import SafeAdamW
-from safeopt.optim.frozen import local
+from safeopt.sharding import local
 
 
 class Drift:
