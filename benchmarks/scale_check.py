@@ -33,6 +33,7 @@ PLACES = {  # where in an optimizer a tensor is, and what the plan calls it
     "step": "steps",
     "_bits": "bits",
     "_starts": "starts",
+    "_parts": "bits",
     "_known.0": "bits",
     "_known.1": "starts",
     "_kept": "starting_values",
@@ -43,10 +44,12 @@ PLACES = {  # where in an optimizer a tensor is, and what the plan calls it
     "held": "held_values",
     "_mask": "host",
     "mask": "host",
+    "parts": "host",
     "_given": "host",
     "_direction": "host",
     "params": "weights",
     "source": "weights",
+    "over": "weights",
 }
 
 
@@ -166,8 +169,8 @@ def count(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     for path, tensor in _tensors(vars(optimizer), "", set()):
         known = [PLACES[part] for part in (path.split("/")) if part in PLACES]
         assert known, f"a tensor of {tensor.nbytes} bytes at {path}"
-        storage = tensor.untyped_storage()
-        found.setdefault(known[-1], {})[storage._cdata] = storage.nbytes()
+        sizes, storage = found.setdefault(known[-1], {}), tensor.untyped_storage()._cdata
+        sizes[storage] = max(tensor.nbytes, sizes.get(storage, 0))
     params = [p for group in optimizer.param_groups for p in group["params"]]
     sums = {key: sum(sizes.values()) for key, sizes in found.items()}
     return {**sums, "gradients": sum(p.grad.nbytes for p in params if p.grad is not None)}
@@ -175,7 +178,7 @@ def count(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 def _tensors(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        yield path, value
+        yield path, value.to_local() if hasattr(value, "to_local") else value  # of a DTensor
     if isinstance(value, (Tensor, str, bytes, type)) or id(value) in seen:
         return
     seen.add(id(value))

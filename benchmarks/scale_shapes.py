@@ -13,6 +13,8 @@ models that the paper does not have, the same share of the depth, which is our g
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -118,27 +120,38 @@ def frozen_layers(depth: int) -> range:
     return range(first, max(first + 1, depth * 13 // 32))
 
 
-def fsdp2_bytes(settings: dict[str, Any], dtype: torch.dtype, gpus: int) -> int:
-    """Bytes of weights, padding too, that the first of so many GPUs has under `fully_shard`.
-
-    By torch's own code on the meta device, with a process group that sends nothing.
-    """
+@contextmanager
+def fake_group(gpus: int) -> Iterator[None]:
+    """This process as the first of so many, in a process group that sends nothing."""
     # Imported here: torch.testing._internal is not for users, and may go.
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
-        mesh = init_device_mesh("cpu", (gpus,))
-        model = build(settings).to(dtype)
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: Any, gpus: int) -> Any:
+    """The model, split by FSDP2 layer by layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (gpus,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp2_bytes(settings: dict[str, Any], dtype: torch.dtype, gpus: int) -> int:
+    """Bytes of weights, padding too, that the first of so many GPUs has, by torch's own code."""
+    from torch.distributed.fsdp import FSDPModule
+
+    with fake_group(gpus):
+        model = shard(build(settings).to(dtype), gpus)
         states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
         groups = [state._fsdp_param_group for state in states]
         params = [param for group in groups if group for param in group.fsdp_params]
         return sum(param._sharded_param_data.nbytes for param in params)
-    finally:
-        dist.destroy_process_group()

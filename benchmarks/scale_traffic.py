@@ -112,8 +112,8 @@ def sent(pieces: Sequence[Piece], gpus: int) -> int:
 
     Q^T of a drift that is split by rows is a sum over the GPUs: k x in float32 for each matrix, by
     a ring, in which a GPU sends 2 (gpus - 1) / gpus of it. A stack of experts is split between
-    experts, and each has all of its rows. Of an adapter, Q^T B (k x r), two r x r, and A, of which
-    each GPU sends its part to all others.
+    experts, and each has all of its rows. Of an adapter, Q^T B (k x r), B^T of the pull on B
+    (r x r), and A, of which each GPU sends its part to all others.
     """
     if gpus == 1:
         return 0
@@ -127,7 +127,7 @@ def sent(pieces: Sequence[Piece], gpus: int) -> int:
     for p in halves:
         if ".lora_B" in p.weight.name:
             r = p.weight.shape[1]
-            total += ring * WIDE * (ranks[0] * r + 2 * r * r)
+            total += ring * WIDE * (ranks[0] * r + r * r)
         else:
             total += WIDE * (gpus - 1) / gpus * p.weight.numel
     return round(total)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import safeopt
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not installed")
 pytest.importorskip("transformers")
@@ -155,6 +157,47 @@ def test_shards_are_those_of_fully_shard(gpus: int) -> None:
     real = 2 * sum(w.numel for w in weights_of(build(settings)))
     assert made.weights * gpus - made.padding == real
     assert made.padding > (0.2 * real if gpus == 8 else 0)  # of 3 experts, 5 of 8 GPUs have none
+
+
+@pytest.mark.skipif(
+    not Path(safeopt.__file__).with_name("sharding.py").exists(),
+    reason="the optimizers of this version do not take sharded parameters",
+)
+@names
+def test_the_plan_is_what_a_sharded_optimizer_holds_and_reduces(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the first of four, with uneven rows; the process group sends nothing. How much of a mask
+    falls to one of them is chance; all else is exact.
+    """
+    import torch.distributed as dist
+    from scale_check import count, given, model_of, optimizer, tiny
+    from scale_pieces import POLICIES, PROTECTIONS
+    from scale_plan import Plan, plan
+    from scale_shapes import build, fake_group, shard, weights_of
+    from scale_traffic import sent
+
+    settings, protection = tiny(64, 2, experts=3), PROTECTIONS[name]
+    weights, sums = weights_of(build(settings)), []
+    reduce = dist.all_reduce
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda t, **kw: (sums.append(1.5 * t.nbytes), reduce(t, **kw))[1]
+    )
+    with fake_group(4):
+        model = shard(model_of(settings, "fp32", "cpu", protection), 4)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        sums.clear()
+        optimized = optimizer(model, protection, given(weights, protection, False), fused=False)
+        optimized.step()
+        found = count(optimized)
+    made = plan(weights, protection, POLICIES["fp32"], 4)
+    for key in Plan.KEPT:
+        drawn = protection.fraction > 0 and key in ("moments", "held_values")
+        error = 0.05 if drawn else 0
+        assert found.get(key, 0) == pytest.approx(getattr(made, key), rel=error, abs=0), key
+    gathered = sum(3 * p.weight.numel for p in made.pieces if ".lora_A" in p.weight.name)
+    assert sum(sums) + gathered == sent(made.pieces, 4)
 
 
 def test_masks_send_nothing_and_asft_sends_its_reductions() -> None:
