@@ -145,7 +145,7 @@ def check_meta(model: str, policy: str, names: Sequence[str]) -> list[Check]:
             made_optimizer.step()
         checks.append(Check(f"{model}, {name}", "held", made.held, kept))
         checks.append(Check(f"{model}, {name}", "step, plain", made.peak_plain, watch.peak))
-        print(f"meta: {model}, {name}", file=sys.stderr)
+        print(json.dumps(asdict(checks[-1])), file=sys.stderr)
     for gpus in (7, 8, 32):
         wanted = plan(weights(model), PROTECTIONS["adamw"], POLICIES[policy], gpus).weights
         found_bytes = fsdp2_bytes(MODELS[model], DTYPES[policy], gpus)
@@ -167,7 +167,7 @@ def check_measured(elements: int, policy: str, names: Sequence[str]) -> list[Che
             os.environ["SAFEOPT_NO_EXT"] = str(int(kernel == "plain"))
             found = peak.__wrapped__("scale_check", name, elements, "cpu", dtype) * elements
             checks.append(Check(f"{name}, {policy}", f"{kernel} kernels", own + most, found))
-            print(f"measured: {name}, {policy}, {kernel}", file=sys.stderr)
+            print(json.dumps(asdict(checks[-1])), file=sys.stderr)
     return checks
 
 
@@ -183,9 +183,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--only", nargs="+", choices=PROTECTIONS, default=list(PROTECTIONS))
     parser.add_argument("--gpus", type=int, help=f"of each model; default {GPUS}")
     parser.add_argument("--meta", nargs="*", choices=MODELS, help="models; default llama-3-8b")
-    parser.add_argument("--measure", type=float, metavar="WEIGHTS", help="3e7 takes 3 minutes")
+    parser.add_argument("--measure", type=float, metavar="WEIGHTS", help="3e7 takes 5 minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     args = parser.parse_args()
     words = " ".join(["python benchmarks/scale.py", *sys.argv[1:]])
@@ -201,9 +202,9 @@ def main() -> None:
     print("## Padding\n\n" + padding_table(args.models), end="\n\n")
     checks: list[Check] = []
     for model in () if args.meta is None else args.meta or ["llama-3-8b"]:
-        checks += check_meta(model, "bf16", META)
+        checks += check_meta(model, "bf16", [name for name in args.only if name in META])
     for policy in args.policies if args.measure else ():
-        checks += check_measured(int(args.measure), policy, list(PROTECTIONS))
+        checks += check_measured(int(args.measure), policy, args.only)
     if checks:
         print("## Checks\n\n" + check_table(checks))
     found["checks"] = [{**asdict(c), "error_percent": c.error} for c in checks]
