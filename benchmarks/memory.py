@@ -80,7 +80,7 @@ def _measure(kind: str, name: str, elements: int, device: str, dtype: str) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["step_cases", "score_cases"])
+    parser.add_argument("kind", choices=["step_cases", "score_cases", "scale_check"])
     parser.add_argument("name")
     parser.add_argument("elements", type=lambda text: int(float(text)))
     parser.add_argument("device")

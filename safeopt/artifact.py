@@ -167,7 +167,7 @@ def fingerprint(source: names.Source, *, weights: bool = True) -> dict[str, str]
                     f"{name!r} is on the meta device and has no weights; load them first"
                 )
             for part in whole(tensor.detach()).reshape(-1).split(CHUNK // 4):
-                hasher.update(part.to("cpu", torch.float32).numpy())
+                hasher.update(part.to("cpu", torch.float32).contiguous().numpy())
         prints["weights"] = hasher.hexdigest()
     return prints
 

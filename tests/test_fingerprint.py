@@ -54,3 +54,8 @@ def test_digest() -> None:
     assert artifact.digest(["\ud800"])  # a lone surrogate, as json.loads may return
     with pytest.raises(TypeError, match="one string"):
         artifact.digest("ab")
+
+
+def test_the_layout_in_memory_does_not_matter() -> None:
+    strided = torch.rand(4, 6)[:, ::2]
+    assert fingerprint({"w": strided}) == fingerprint({"w": strided.contiguous()})
