@@ -81,11 +81,13 @@ def batch(step: int) -> Tensor:
     return torch.randint(4, 300, (8, 9), generator=draw)
 
 
-def train(model: nn.Module, optimizer: Any, steps: Iterable[int]) -> None:
-    """Steps on this rank's rows of each batch; gradients are averaged over the ranks."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def train(model: nn.Module, optimizer: Any, steps: Iterable[int], *, alone: bool = False) -> None:
+    """Steps on this rank's rows of each batch, or on all; gradients are averaged over the ranks."""
+    together = dist.is_initialized() and not alone
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    device = next(model.parameters()).device
     for step in steps:
-        rows = batch(step).chunk(world)[rank]
+        rows = batch(step).chunk(world)[rank].to(device)
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -106,7 +108,8 @@ def full(model: nn.Module) -> dict[str, Tensor]:
 def assert_trained_as(found: dict[str, Tensor], expected: nn.Module, kind: str) -> None:
     """Every element as in one process; frozen ones as at the start, bit for bit."""
     start = dict(llama().named_parameters())
-    for name, p in expected.named_parameters():
+    for name, q in expected.named_parameters():
+        p = q.cpu()
         torch.testing.assert_close(
             found[name], p.detach(), **CLOSE, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -58,4 +58,5 @@ def test_digest() -> None:
 
 def test_the_layout_in_memory_does_not_matter() -> None:
     strided = torch.rand(4, 6)[:, ::2]
-    assert fingerprint({"w": strided}) == fingerprint({"w": strided.contiguous()})
+    plain = {"w": strided.contiguous()}
+    assert artifact.fingerprint({"w": strided}) == artifact.fingerprint(plain)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from fsdp_cases import KINDS, assert_trained_as, batch, full, llama, shard, train
 from processes import spawn
@@ -63,3 +68,25 @@ def test_training_equals_one_process(run, world, options):
         train(model, make(model), range(4))
         for found in ranks:
             assert_trained_as(found[kind], model, kind)
+
+
+@pytest.mark.slow
+def test_the_script_for_several_gpus_runs_on_processors():
+    script = Path(__file__).with_name("world.py")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+    ]
+    done = subprocess.run(
+        [*launch, str(script), "--device", "cpu"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("as alone") == 2 * len(KINDS) + 1
