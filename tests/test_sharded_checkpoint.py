@@ -163,6 +163,37 @@ def test_a_run_of_one_process_goes_on_sharded(tmp_path):
             assert_trained_as(found[kind], model, kind)
 
 
+def run_plain_state(rank, folder):
+    found = {}
+    for kind, make in KINDS.items():
+        states = torch.load(f"{folder}/{kind}.pt", weights_only=True)
+        model = llama()
+        model.load_state_dict(states["model"])
+        model = shard(model)
+        optimizer = make(model)
+        optimizer.load_state_dict(states["optimizer"])
+        train(model, optimizer, range(2, 4))
+        found[kind] = full(model)
+    return found
+
+
+def test_a_state_dict_of_torch_itself_goes_on_sharded(tmp_path):
+    """Not through torch.distributed.checkpoint: every rank loads the whole and cuts its part."""
+    expected = {}
+    for kind, make in KINDS.items():
+        model = llama()
+        optimizer = make(model)
+        train(model, optimizer, range(2))
+        optimizer.full_state = True
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(states, tmp_path / f"{kind}.pt")
+        train(model, optimizer, range(2, 4))
+        expected[kind] = model
+    for found in spawn(run_plain_state, 2, str(tmp_path)):
+        for kind, model in expected.items():
+            assert_trained_as(found[kind], model, kind)
+
+
 def run_fresh(rank):
     """A checkpoint of step 0: torch makes a phantom step, which must not move anything."""
     for make in KINDS.values():
