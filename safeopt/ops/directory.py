@@ -21,6 +21,9 @@ def live_starts(
     """
     places = np.append(np.arange(0, numel, BLOCK), numel) + offset
     packed = bits.cpu().numpy()
+    if span == 1 and nbits == numel and not offset:
+        set_before = _blocks_before(packed)
+        return torch.from_numpy(set_before if live_bit else places - set_before).to(bits.device)
     period = span * nbits
     in_period = int(_ones_before(packed, np.array([nbits]))[0]) * span
     units = places % period // span
@@ -28,6 +31,19 @@ def live_starts(
     set_before = places // period * in_period + within
     before = set_before if live_bit else places - set_before
     return torch.from_numpy(before - before[0]).to(bits.device)
+
+
+def _blocks_before(packed: np.ndarray) -> np.ndarray:
+    """Set bits before each block of a mask of weights, and in all, without a look at each byte's
+    place: of 8 billion weights in seconds where `_ones_before` takes most of a minute.
+    """
+    wide = BLOCK // 8
+    counts = [np.zeros(1, dtype=np.int64)]
+    for first in range(0, len(packed), _CHUNK):
+        ones = _ONES[packed[first : first + _CHUNK]]
+        ones = np.pad(ones, (0, -len(ones) % wide)).reshape(-1, wide)
+        counts.append(ones.sum(axis=1, dtype=np.int64))
+    return np.cumsum(np.concatenate(counts))
 
 
 def _ones_before(packed: np.ndarray, units: np.ndarray) -> np.ndarray:
