@@ -176,3 +176,30 @@ def run_wrong_mask(rank):
 
 def test_a_mask_of_one_ranks_part_is_refused_on_every_rank():
     spawn(run_wrong_mask, 2, timeout=60)
+
+
+def run_swapped(rank):
+    """As accelerate does it: built on whole parameters, which are then swapped; then resumed."""
+    model = sharded(Bag())
+    optimizer = optimizer_of(model, "anchor")
+    advance_sharded(model, optimizer, range(3))
+    state, weights = optimizer.state_dict(), full(model)
+    again = Bag()
+    resumed = optimizer_of(again, "anchor")
+    with torch.no_grad():
+        for name, p in again.named_parameters():
+            p.copy_(weights[name])
+    sharded(again)
+    resumed.param_groups[0]["params"] = list(again.parameters())
+    resumed.load_state_dict(state)
+    advance_sharded(again, resumed, range(3, 6))
+    return full(again)
+
+
+def test_a_resumed_run_draws_to_the_start_of_the_first_after_a_swap_of_parameters():
+    model = Bag()
+    optimizer = optimizer_of(model, "anchor")
+    advance(model, optimizer, range(6))
+    for found in spawn(run_swapped, 2):
+        for name, p in model.named_parameters():
+            assert same_bits(found[name], p.detach()), name

@@ -168,5 +168,8 @@ def _compact(state: dict[str, Any], name: str, p: Tensor, live: LiveSet) -> None
                 f" (saved with this mask) or {tuple(part.shape)} (saved by a plain AdamW). A state"
                 " that was saved without sharding holds live elements only, and cannot be sharded"
             )
+        if not part.numel():  # this rank has no part of it
+            state[key] = moment.reshape(-1)
+            continue
         where = ops.live_elements(part.numel(), *live.rule(name, p))
         state[key] = moment.reshape(-1)[ops.live_indices(where.to(moment.device), count)]
