@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import HYPER, Bag, advance, same_bits
+from helpers import HYPER, Bag, advance, same_bits, set_grads
 from processes import spawn
 from sharded_cases import LAYOUTS, advance_sharded, full, give_grads, mixed_mask, sharded
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.debug import CommDebugMode
 
 from safeopt import SafeAdamW, Scores, hold
@@ -201,5 +202,31 @@ def test_a_resumed_run_draws_to_the_start_of_the_first_after_a_swap_of_parameter
     optimizer = optimizer_of(model, "anchor")
     advance(model, optimizer, range(6))
     for found in spawn(run_swapped, 2):
+        for name, p in model.named_parameters():
+            assert same_bits(found[name], p.detach()), name
+
+
+def run_other_placements(rank, clip):
+    """Gradients as summands, half on each rank, which torch's own AdamW refuses."""
+    model = sharded(Bag())
+    optimizer = optimizer_of(model, "freeze")
+    whole = Bag()
+    for step in range(3):
+        set_grads(whole, step)
+        give_grads(model, step)
+        for p, full_size in ((model.matrix, whole.matrix), (model.long, whole.long)):
+            p.grad = DTensor.from_local(full_size.grad / 2, p.device_mesh, [Partial()])
+        if clip:
+            optimizer.mask_grads_()
+        optimizer.step()
+    return full(model)
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["step", "mask_grads_"])
+def test_gradients_that_are_not_sharded_as_their_partly_live_parameter(clip):
+    model = Bag()
+    optimizer = optimizer_of(model, "freeze")
+    advance(model, optimizer, range(3))
+    for found in spawn(run_other_placements, 2, clip):
         for name, p in model.named_parameters():
             assert same_bits(found[name], p.detach()), name

@@ -29,12 +29,7 @@ def frozen_parameters(optimizer: SafeAdamW) -> Iterator[tuple[str, Tensor, int]]
 
 def frozen_here(optimizer: SafeAdamW, name: str, p: Tensor, live: int) -> Tensor | None:
     """Which elements of this rank's part of a parameter are frozen: bool, flat; None means all."""
-    part = local(p)
-    if live == 0:
-        return None
-    if part.numel() == 0:
-        return torch.zeros(0, dtype=torch.bool, device=part.device)
-    return ~optimizer._where(name, p)
+    return None if live == 0 else ~optimizer._where(name, p)
 
 
 @torch.no_grad()
