@@ -54,7 +54,7 @@ ALLOWED = {
     "evaluate": "artifact data direction mask names units weights",
     "environment": "",
     "organism": "artifact data",
-    "integrations": "artifact bitmask checkpoint direction mask methods names optim organism"
+    "integrations": "artifact bitmask checkpoint direction mask methods names ops optim organism"
     " penalty weights",
     "compare": "artifact data direction environment evaluate integrations mask methods names optim"
     " organism scores selection train units",
