@@ -1,4 +1,4 @@
-"""DeepSpeed engines over the small models, with gradients that ranks and micro-steps add exactly."""
+"""DeepSpeed engines over the small models, and gradients whose sums over ranks are exact."""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ def test_an_optimizer_of_a_wrapped_model_is_refused_when_it_is_made(use_orig_par
 
 def test_an_optimizer_made_before_wrapping_is_refused_at_its_first_step():
     for said in spawn(run_refused, 2, True, False, tuple(dict(Bag().named_parameters()))):
-        assert re.search(r"has shape .* the parameter has \(\d+,\).*flattened" + INSTEAD, said), said
+        assert re.search(r"has shape .* the parameter has \(\d+,\).*flattened" + INSTEAD, said), (
+            said
+        )
 
 
 def run_lost(rank):
