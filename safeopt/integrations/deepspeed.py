@@ -98,8 +98,8 @@ class _Piece:
         return cls(start, numel, rule, stretch[live_elements(numel, *rule)])
 
     def write(self, partition: Tensor) -> None:
-        bits, *rest = self.rule
-        where = live_elements(self.numel, bits.to(partition.device), *rest)
+        bits, span, nbits, offset, bit = self.rule
+        where = live_elements(self.numel, bits.to(partition.device), span, nbits, offset, bit)
         values = self.values.to(partition.device, partition.dtype)
         partition.detach().narrow(0, self.start, self.numel).masked_scatter_(where, values)
 
