@@ -74,7 +74,8 @@ class LiveSet:
             raise ValueError(
                 f"{self.argument}= mask for {name!r} has shape {tuple(self._mask[name].shape)}, the"
                 f" parameter has {tuple(param.shape)}: the mask was made for another model, or for"
-                " one rank's part of this one (masks are given whole; each rank cuts its part)"
+                " one rank's part of this one (masks are given whole; each rank cuts its part), or"
+                f" the parameter was flattened{_FLAT.format(self.argument)}"
             )
         selected = self._selected[name]
         return selected if self.live_bit else param.numel() - selected
@@ -206,9 +207,12 @@ def named(group: dict[str, Any], argument: str) -> Iterator[tuple[str, Tensor]]:
             f"the group has {len(params)} parameters and {len(names)} names: something replaced its"
             f" parameters{_FLAT.format(argument)}"
         )
-    for name, param in zip(map(canonical, names), params, strict=True):
+    for raw, param in zip(names, params, strict=True):
+        name = canonical(raw)
         if name.endswith("_flat_param"):
             raise ValueError(f"{name!r} is a flattened parameter{_FLAT.format(argument)}")
+        if "_fsdp_wrapped_module" in raw.split("."):  # on every rank, whatever shapes it has
+            raise ValueError(f"{name!r} is sharded by FSDP1{_FLAT.format(argument)}")
         if hasattr(param, "ds_id"):
             raise ValueError(f"{name!r} is partitioned by DeepSpeed{_FLAT.format(argument)}")
         yield name, param
@@ -217,7 +221,8 @@ def named(group: dict[str, Any], argument: str) -> Iterator[tuple[str, Tensor]]:
 _FLAT = (
     " (DeepSpeed ZeRO and FSDP1 flatten or partition them), and {}= rules elements of the original"
     " ones. Shard with FSDP2 (torch.distributed.fsdp.fully_shard; accelerate: fsdp_version 2), or"
-    " use DDP; for DeepSpeed ZeRO 1 and 2 see safeopt.integrations.deepspeed"
+    " use DDP; under DeepSpeed ZeRO 1 and 2 give DeepSpeed an optimizer without a mask and call"
+    " safeopt.integrations.deepspeed.hold(engine, mask)"
 )
 
 
