@@ -54,13 +54,8 @@ ALLOWED = {
     "evaluate": "artifact data direction mask names units weights",
     "environment": "",
     "organism": "artifact data",
-<<<<<<< HEAD
-    "integrations": "artifact bitmask checkpoint direction mask methods names optim organism"
-    " penalty sharding weights",
-=======
     "integrations": "artifact bitmask checkpoint direction mask methods names ops optim organism"
-    " penalty weights",
->>>>>>> issue-deepspeed
+    " penalty sharding weights",
     "compare": "artifact data direction environment evaluate integrations mask methods names optim"
     " organism scores selection train units",
     "report": "artifact compare evaluate mask methods names",
