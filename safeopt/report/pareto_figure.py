@@ -59,6 +59,13 @@ def pareto_figure(results: dict[str, Any], path: str | Path, *, skill: float | N
     """
     path = Path(path)
     require_format(path)
+    figure = drawn(results, skill)
+    with artifact.atomic(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:])
+
+
+def drawn(results: dict[str, Any], skill: float | None = None) -> Any:
+    """The figure that `pareto_figure` writes, as a matplotlib Figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -66,7 +73,7 @@ def pareto_figure(results: dict[str, Any], path: str | Path, *, skill: float | N
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for arm, look in _looks(results, points).items():
+    for arm, look in looks(results, points).items():
         _draw(axes, [point for point in points if point.arm == arm], arm, look)
     start = mean_curve(results, BASELINE, sorted(arm_runs(results, BASELINE)))
     _mark(axes, points, start[0])
@@ -78,8 +85,7 @@ def pareto_figure(results: dict[str, Any], path: str | Path, *, skill: float | N
         ha="right", fontsize=8, color="#444444",
     )  # fmt: skip
     _finish(figure, axes, results, start[0], len({p.arm for p in points if not p.control}))
-    with artifact.atomic(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:])
+    return figure
 
 
 def pareto_figures(
@@ -100,7 +106,7 @@ def pareto_figures(
     return files
 
 
-def _looks(results: dict[str, Any], points: list[ParetoPoint]) -> dict[str, dict[str, Any]]:
+def looks(results: dict[str, Any], points: list[ParetoPoint]) -> dict[str, dict[str, Any]]:
     """How each arm is drawn: protections first, as the legend lists them."""
     first = {point.arm: point for point in reversed(points)}
     names = list(dict.fromkeys(arm.partition(":")[0] for arm in results["arms"]))

@@ -156,7 +156,7 @@ def _differences(results: dict[str, Any], reading: ParetoPoint, control: str) ->
         theirs = [between(*pair) for pair in zip(*two, strict=True)]
         by_seed = tuple(a - b for a, b in zip(arm.by_seed, theirs, strict=True))
         rate = min(1.0, max(0.0, fmean(theirs)))
-        prompts = newcombe(arm.rate, rate, arm.n)
+        prompts = newcombe(arm.rate, arm.n, rate, arm.n)
         spread, mean = seed_spread(by_seed), arm.rate - rate
         interval = (
             max(-1.0, mean - math.hypot(mean - prompts[0], spread)),
@@ -184,9 +184,9 @@ def _bracket(curve: Sequence[ParetoPoint], skill: float) -> tuple[ParetoPoint, P
     return best_of(curve), best_of(curve), 1.0
 
 
-def newcombe(one: float, two: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a difference of two rates, n cases each (Newcombe 1998, method 10)."""
-    (low1, high1), (low2, high2) = wilson(one, n), wilson(two, n)
+def newcombe(one: float, n1: int, two: float, n2: int) -> tuple[float, float]:
+    """The 95 % interval of one - two, rates of n1 and n2 cases (Newcombe 1998, method 10)."""
+    (low1, high1), (low2, high2) = wilson(one, n1), wilson(two, n2)
     return (
         one - two - math.hypot(one - low1, high2 - two),
         one - two + math.hypot(high1 - one, two - low2),
