@@ -96,6 +96,19 @@ def test_an_arm_for_which_no_control_exists_is_read_against_adamw_and_that_is_sa
     assert any("No random control of this arm exists" in note for note in found.notes)
 
 
+def test_a_joined_arm_has_the_joined_arms_with_a_random_part_as_controls() -> None:
+    joined, mixed = "spa:0.1+anchor:0.3", "spa-random:0.1+anchor:0.3"
+    alone = asked([*ADAMW, *seeds(joined, *SAFE)])
+    assert reasons(alone, joined) == (
+        f"no control of its own was run: add {mixed} or spa:0.1+anchor-shuffle:0.3 to --arms"
+    )
+    runs = [*ADAMW, *seeds(joined, *SAFE)]
+    found = asked([*runs, *seeds(mixed, *LIKE)])
+    assert found.arm == joined and [one.reading.arm for one in found.assessed] == [joined]
+    assert "freeze the top VALUE" in found.recipe[0] and "draw each weight" in found.recipe[0]
+    assert asked([*runs, *seeds(mixed, *SAFE)]).arm is None
+
+
 def test_an_arm_that_never_learns_is_not_safe() -> None:
     lazy = [(10, 0, 4), (20, 0, 10)]
     found = asked([*GOOD[:3], *seeds("set:0.1", lazy, lazy, lazy), *seeds("set-random:0.1", *LIKE)])

@@ -9,11 +9,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from safeopt.evaluate.proportion import wilson
+from safeopt.report.recommend_controls import is_control
 from safeopt.report.summary import BASELINE, Point, Run, skill
 
 # 97.5 % points of Student's t by degrees of freedom; beyond the table the last, which is wider.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-PLAIN = ("adamw", "adamw-lr", "l2", "l2-decoupled")
 LEAGUE = "no safety data"
 REPAIR_HARM = "over-refusal"
 
@@ -91,16 +91,6 @@ def league_of(results: dict[str, Any], arm: str) -> str:
     """What an arm may see while it trains; arms of different leagues are never ranked together."""
     found = next(iter(arm_runs(results, arm).values())).get("league")
     return str(found or LEAGUE)
-
-
-def is_control(results: dict[str, Any], arm: str) -> bool:
-    """Whether an arm is there for others to be read against, and not a protection by itself.
-
-    These are the arms that a comparison calls so (random masks and directions), plain AdamW at any
-    learning rate, and plain L2.
-    """
-    run = next(iter(arm_runs(results, arm).values()))
-    return bool(run["control"]) or arm.partition(":")[0] in PLAIN
 
 
 def harms(results: dict[str, Any], point: Point) -> dict[str, dict[str, Any]]:

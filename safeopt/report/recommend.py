@@ -11,10 +11,10 @@ from safeopt.report.pareto import (
     LEAGUE,
     ParetoPoint,
     arm_runs,
-    is_control,
     league_of,
     mean_curve,
 )
+from safeopt.report.recommend_controls import PLAIN, is_control
 from safeopt.report.recommend_evidence import (
     Assessment,
     assess,
@@ -248,7 +248,7 @@ def _notes(
     if len(arm_runs(results, BASELINE)) == 1:
         notes.append("One seed shows no spread between runs: run the same with --seeds 0 1 2.")
     for arm in results["arms"]:
-        if arm != BASELINE and is_control(results, arm) and not _has_parent(results, arm):
+        if arm != BASELINE and arm.partition(":")[0] in PLAIN:
             found = assess(results, arm, wanted)
             first = [one for one in found.differences if one.control == BASELINE]
             if found.reached and all(one.shown for one in first):
@@ -271,8 +271,3 @@ def _notes(
                 " flatters it: confirm it with new seeds and prompts."
             )
     return notes
-
-
-def _has_parent(results: Comparison, arm: str) -> bool:
-    """Whether the arm is a control of another's name, such as ``spa-random`` of ``spa``."""
-    return bool(next(iter(arm_runs(results, arm).values()))["control"])

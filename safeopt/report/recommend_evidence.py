@@ -17,9 +17,9 @@ from statistics import fmean
 from typing import Any
 
 from safeopt.evaluate.proportion import wilson
-from safeopt.report.pareto import PLAIN, ParetoPoint, arm_runs, mean_curve, seed_spread
+from safeopt.report.pareto import ParetoPoint, arm_runs, mean_curve, seed_spread
+from safeopt.report.recommend_controls import PLAIN, controls_of, controls_to_run
 from safeopt.report.summary import BASELINE
-from safeopt.report.verdict import controls_of
 
 ROUNDING = 1e-9  # a rate that equals the level may fall short of it by rounding
 WITHIN = 0.02
@@ -108,7 +108,7 @@ def assess(results: dict[str, Any], arm: str, wanted: float) -> Assessment:
     simpler = _plain(results, arm, min(wanted, reading.skill.rate))
     for control in [BASELINE, *simpler, *controls_of(results, arm)]:
         differences += _differences(results, reading, control)
-    lacking = () if controls_of(results, arm) else _controls_to_run(arm)
+    lacking = () if controls_of(results, arm) else tuple(controls_to_run(arm))
     reasons = _reasons(reading, found is not None, wanted, differences, lacking)
     return Assessment(reading, found is not None, tuple(differences), lacking, tuple(reasons))
 
@@ -122,17 +122,6 @@ def _plain(results: dict[str, Any], arm: str, wanted: float) -> list[str]:
             if step_at(curve, wanted) is not None:
                 found.append(other)
     return found
-
-
-def _controls_to_run(arm: str) -> tuple[str, ...]:
-    from safeopt.compare import ARMS  # here, as it imports the training code
-
-    base, colon, value = arm.partition(":")
-    return tuple(
-        f"{name}{colon}{value}"
-        for name, kind in ARMS.items()
-        if kind.control and name.rpartition("-")[0] == base
-    )
 
 
 def _differences(results: dict[str, Any], reading: ParetoPoint, control: str) -> list[Difference]:

@@ -77,7 +77,7 @@ def recipe(results: dict[str, Any], arm: str, step: int) -> list[str]:
     """
     name, _, value = arm.partition(":")
     settings = results["settings"]
-    if name not in RECIPES:
+    if name not in RECIPES or len(_names(arm)) > 1:
         return [_described(arm)]
     code, commands = RECIPES[name]
     facts = {
