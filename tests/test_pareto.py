@@ -100,9 +100,20 @@ def test_controls_look_like_controls_and_no_two_arms_alike() -> None:
     for arm in ("spa:0.1", "asft:1"):
         assert len(set(to_rgb(found[arm]["color"]))) > 1
         assert "markerfacecolor" not in found[arm] and "linestyle" not in found[arm]
-    assert found["spa:0.1"]["color"] == found["spa:0.2"]["color"] != found["asft:1"]["color"]
+    assert len({found[arm]["color"] for arm in list(found)[:4]}) == 4
     assert found["spa:0.1"]["marker"] != found["spa:0.2"]["marker"], "told apart in grey"
     assert len({str(sorted(look.items())) for look in found.values()}) == len(found)
+
+
+def test_strengths_share_a_colour_where_there_are_more_arms_than_colours() -> None:
+    from safeopt.report.pareto_figure import looks
+
+    arms = [f"{name}:{i}" for name in ("spa", "asft") for i in (1, 2, 3, 4)]
+    results = make_results([*ADAMW, *[run for arm in arms for run in seeds(arm, *SAFE)]])
+    found = looks(results, report.pareto(results))
+    assert len({found[arm]["color"] for arm in arms[:4]}) == 1
+    assert found["spa:1"]["color"] != found["asft:1"]["color"]
+    assert len({found[arm]["marker"] for arm in arms[:4]}) == 4
 
 
 def test_the_figure_marks_what_nothing_dominates_and_its_legend_covers_no_data() -> None:

@@ -194,6 +194,8 @@ def test_of_two_the_lower_is_named_and_of_equals_the_more_able() -> None:
 def test_the_skill_can_be_asked_for() -> None:
     low = asked(GOOD, skill=0.3)
     assert low.chosen is not None and low.chosen.reading.step == 10
+    assert "Stop there: after 20 steps skill is 59.0 %, at 10.0 % and 10.0 %." in low.notes
+    assert not any("Stop there" in note for note in asked(GOOD).notes)
     high = asked(GOOD, skill=0.7)
     assert high.arm is None and "adamw never has this skill; it is read at its best." in high.notes
     for wrong in (0.0, 1.5, 60.0):

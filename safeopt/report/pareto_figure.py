@@ -19,6 +19,7 @@ GREYS = ("#444444", "#888888", "#666666", "#aaaaaa")
 DASHES = ((0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 SHAPES = "osD^vP<>hp"
 LEGEND_ROWS = 26
+LINE = 0.55  # opacity
 RING = "nothing dominates it\n(cross: 95 % intervals)"
 STAR = "before training"
 
@@ -107,7 +108,10 @@ def pareto_figures(
 
 
 def looks(results: dict[str, Any], points: list[ParetoPoint]) -> dict[str, dict[str, Any]]:
-    """How each arm is drawn: protections first, as the legend lists them."""
+    """How each arm is drawn: protections first, as the legend lists them.
+
+    Each protection has a colour of its own while the colours last, else all its strengths have one.
+    """
     first = {point.arm: point for point in reversed(points)}
     names = list(dict.fromkeys(arm.partition(":")[0] for arm in results["arms"]))
     together = sorted(results["arms"], key=lambda arm: names.index(arm.partition(":")[0]))
@@ -117,7 +121,8 @@ def looks(results: dict[str, Any], points: list[ParetoPoint]) -> dict[str, dict[
     looks: dict[str, dict[str, Any]] = {}
     colours = COLOURS[1:]  # black is AdamW's
     for number, arm in enumerate(methods):
-        colour = colours[names.index(arm.partition(":")[0]) % len(colours)]
+        of_name = names.index(arm.partition(":")[0])
+        colour = colours[(number if len(methods) <= len(colours) else of_name) % len(colours)]
         looks[arm] = {
             "color": colour, "marker": SHAPES[number % len(SHAPES)], "linewidth": 1.7,
             "markersize": 5.5, "zorder": 4,
@@ -139,10 +144,16 @@ def looks(results: dict[str, Any], points: list[ParetoPoint]) -> dict[str, dict[
 
 
 def _draw(axes: Any, curve: list[ParetoPoint], arm: str, look: dict[str, Any]) -> None:
+    from matplotlib.colors import to_rgba
+
     if curve[0].league != LEAGUE:
         arm = f"{arm} ({curve[0].league})"
     x = [100 * point.skill.rate for point in curve]
-    axes.plot(x, [100 * point.mean for point in curve], label=arm, **look)
+    (line,) = axes.plot(x, [100 * point.mean for point in curve], label=arm, **look)
+    # The marks are what was measured; long curves cross themselves, so the lines stand back.
+    line.set_markeredgecolor(look["color"])
+    line.set_markerfacecolor(look.get("markerfacecolor", look["color"]))
+    line.set_color(to_rgba(look["color"], LINE))
 
 
 def _mark(axes: Any, points: list[ParetoPoint], start: ParetoPoint) -> None:

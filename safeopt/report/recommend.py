@@ -262,6 +262,13 @@ def _notes(
             notes.append(
                 f"It is safer than its controls, and not safe: up to {100 * worst:.1f} % remain."
             )
+        end = mean_curve(results, chosen.reading.arm, sorted(arm_runs(results, chosen.reading.arm)))
+        if end[-1].step != chosen.reading.step:
+            rates = " and ".join(f"{100 * one.rate:.1f} %" for one in end[-1].harm.values())
+            notes.append(
+                f"Stop there: after {end[-1].step} steps skill is {100 * end[-1].skill.rate:.1f} %,"
+                f" at {rates}."
+            )
         names = {one.control for one in chosen.differences}
         if names == {BASELINE}:
             notes.append("No random control of this arm exists, so it was read against adamw only.")
