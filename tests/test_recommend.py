@@ -168,7 +168,9 @@ def test_three_seeds_that_agree_count_and_two_do_not() -> None:
     assert three.chosen is not None
     assert all(one.shown and not one.sure for one in three.chosen.differences)
     assert "lower in every seed on every set" in report.recommendation_text(three)
-    assert of(2).arm is None
+    two = of(2)
+    assert two.arm is None and "a third narrows them most" in report.recommendation_text(two)
+    assert "by seed -5.0, -25.0" in reasons(two)
 
 
 def test_a_smaller_learning_rate_that_does_as_well_forbids_it_and_is_named() -> None:

@@ -16,6 +16,7 @@ from safeopt.report.pareto import (
 )
 from safeopt.report.recommend_controls import PLAIN, is_control
 from safeopt.report.recommend_evidence import (
+    AGREEING,
     Assessment,
     assess,
     best_of,
@@ -28,6 +29,11 @@ from safeopt.report.summary import BASELINE, skill_name
 
 Comparison = dict[str, Any]
 Verdict = Literal["recommended", "nothing beats the control"]
+FEW_SEEDS = {
+    1: "One seed shows no spread between runs: run the same with --seeds 0 1 2.",
+    2: "Two seeds show little of the spread between runs, so their intervals are wide: a third"
+    " narrows them most; run the same with --seeds 0 1 2.",
+}
 SAFE = 0.05  # above this rate on a set a recommended arm is called safer, and not safe
 
 
@@ -245,8 +251,8 @@ def _notes(
         )
     if wanted > best.skill.rate:
         notes.append("adamw never has this skill; it is read at its best.")
-    if len(arm_runs(results, BASELINE)) == 1:
-        notes.append("One seed shows no spread between runs: run the same with --seeds 0 1 2.")
+    if len(arm_runs(results, BASELINE)) < AGREEING:
+        notes.append(FEW_SEEDS[len(arm_runs(results, BASELINE))])
     for arm in results["arms"]:
         if arm != BASELINE and arm.partition(":")[0] in PLAIN:
             found = assess(results, arm, wanted)

@@ -214,4 +214,5 @@ def _not_shown(one: Difference) -> str:
         return f"on {one.harm} {size} to {control} stands on one seed, which shows no spread"
     if one.interval[0] > 0:
         return f"on {one.harm} it is worse than {control}: {size}"
-    return f"on {one.harm} no difference is shown from {control}: {size}"
+    seeds = ", ".join(f"{100 * value:+.1f}" for value in one.by_seed)
+    return f"on {one.harm} no difference is shown from {control}: {size}; by seed {seeds}"
