@@ -109,6 +109,22 @@ def test_a_joined_arm_has_the_joined_arms_with_a_random_part_as_controls() -> No
     assert asked([*runs, *seeds(mixed, *SAFE)]).arm is None
 
 
+def test_an_arm_with_refusals_mixed_in_must_beat_the_mixture_alone() -> None:
+    league = "refusal set"
+    both, random = "spa:0.1+mix:100", "spa-random:0.1+mix:100"
+
+    def found(mix: Any) -> report.Recommendation:
+        runs = [*seeds(both, *SAFE, league=league), *seeds(random, *LIKE, league=league)]
+        return asked([*ADAMW, *runs, *seeds("mix:100", *mix, league=league)], league=league)
+
+    assert found(HALF).arm == both
+    same = found(SAFE)
+    assert "no difference is shown from mix:100 (10.0 %)" in reasons(same, both)
+    assert same.arm == "mix:100", "which has nothing to beat but adamw"
+    alone = [*seeds(both, *SAFE, league=league), *seeds("mix:100", *HALF, league=league)]
+    assert f"add {random} to --arms" in reasons(asked([*ADAMW, *alone]), both)
+
+
 def test_an_arm_that_never_learns_is_not_safe() -> None:
     lazy = [(10, 0, 4), (20, 0, 10)]
     found = asked([*GOOD[:3], *seeds("set:0.1", lazy, lazy, lazy), *seeds("set-random:0.1", *LIKE)])

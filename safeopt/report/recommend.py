@@ -14,7 +14,7 @@ from safeopt.report.pareto import (
     league_of,
     mean_curve,
 )
-from safeopt.report.recommend_controls import PLAIN, is_control
+from safeopt.report.recommend_controls import is_control, is_plain
 from safeopt.report.recommend_evidence import (
     AGREEING,
     Assessment,
@@ -254,7 +254,7 @@ def _notes(
     if len(arm_runs(results, BASELINE)) < AGREEING:
         notes.append(FEW_SEEDS[len(arm_runs(results, BASELINE))])
     for arm in results["arms"]:
-        if arm != BASELINE and arm.partition(":")[0] in PLAIN:
+        if arm != BASELINE and is_plain(arm):
             found = assess(results, arm, wanted)
             first = [one for one in found.differences if one.control == BASELINE]
             if found.reached and all(one.shown for one in first):

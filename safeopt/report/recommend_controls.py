@@ -17,22 +17,28 @@ def is_control(results: dict[str, Any], arm: str) -> bool:
     These are the arms that a comparison calls so (random masks and directions), arms joined of
     parts one of which is such, plain AdamW at any learning rate, and plain L2.
     """
-    if runs_of(results, arm)[0]["control"] or arm.partition(":")[0] in PLAIN:
+    if runs_of(results, arm)[0]["control"] or is_plain(arm):
         return True
     parts = SIGNS.split(arm)[::2]
     return len(parts) > 1 and any(_known_control(part) for part in parts)
 
 
+def is_plain(arm: str) -> bool:
+    """Whether an arm is AdamW at any learning rate, or L2, and nothing is joined to it."""
+    return arm.partition(":")[0] in PLAIN and not SIGNS.search(arm)
+
+
 def controls_of(results: dict[str, Any], arm: str) -> list[str]:
     """The controls of an arm that were run: ``spa-random:0.01`` for ``spa:0.01``.
 
-    Those of a joined arm have the control of a part in its place.
+    Those of a joined arm have the control of a part in its place. ``mix:100``, refusals mixed into
+    the rows of plain AdamW, is one of every arm that ends in ``+mix:100``.
     """
     return [
         other
         for other in results["arms"]
-        if _is_of(other, arm)
-        and (runs_of(results, other)[0]["control"] or is_control(results, other))
+        if (_is_of(other, arm) and is_control(results, other))
+        or (other.startswith("mix:") and arm.endswith(f"+{other}"))
     ]
 
 

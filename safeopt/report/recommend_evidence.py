@@ -18,7 +18,7 @@ from typing import Any
 
 from safeopt.evaluate.proportion import wilson
 from safeopt.report.pareto import ParetoPoint, arm_runs, mean_curve, seed_spread
-from safeopt.report.recommend_controls import PLAIN, controls_of, controls_to_run
+from safeopt.report.recommend_controls import controls_of, controls_to_run, is_control, is_plain
 from safeopt.report.summary import BASELINE
 
 ROUNDING = 1e-9  # a rate that equals the level may fall short of it by rounding
@@ -108,7 +108,8 @@ def assess(results: dict[str, Any], arm: str, wanted: float) -> Assessment:
     simpler = _plain(results, arm, min(wanted, reading.skill.rate))
     for control in [BASELINE, *simpler, *controls_of(results, arm)]:
         differences += _differences(results, reading, control)
-    lacking = () if controls_of(results, arm) else tuple(controls_to_run(arm))
+    own = [one for one in controls_of(results, arm) if is_control(results, one)]  # not mix alone
+    lacking = () if own else tuple(controls_to_run(arm))
     reasons = _reasons(reading, found is not None, wanted, differences, lacking)
     return Assessment(reading, found is not None, tuple(differences), lacking, tuple(reasons))
 
@@ -117,7 +118,7 @@ def _plain(results: dict[str, Any], arm: str, wanted: float) -> list[str]:
     """Plain arms beside AdamW that have the skill: what is simpler must not do as well."""
     found = []
     for other in results["arms"]:
-        if other != BASELINE and other != arm and other.partition(":")[0] in PLAIN:
+        if other not in (BASELINE, arm) and is_plain(other):
             curve = mean_curve(results, other, sorted(arm_runs(results, other)))
             if step_at(curve, wanted) is not None:
                 found.append(other)

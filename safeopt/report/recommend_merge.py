@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safeopt.report.summary import BASELINE
+from safeopt.report.summary import BASELINE, skill
 
 Comparison = dict[str, Any]
 NEEDED = ("scenario", "arms", "seeds", "settings", "model", "sets", "runs", "equal_skill")
@@ -71,7 +71,8 @@ def _require_whole(results: Comparison) -> None:
         for needed in ("control", "memory"):
             run[needed]
         for point in run["curve"]:
-            for counts in (point["accuracy"], point["over_refusal"], *point["attack"].values()):
+            skill(results, point)
+            for counts in (point["over_refusal"], *point["attack"].values()):
                 counts["successes"], counts["n"], counts["rate"]
 
 
@@ -111,5 +112,6 @@ def merged(comparisons: Sequence[Comparison]) -> Comparison:
 
 def _key(results: Comparison) -> str:
     shared = [results[name] for name in ("scenario", "settings", "sets")]
+    shared.append(results.get("skill"))
     shared += [results["model"].get("weights"), results["runs"][0]["settings"].get("unaligned")]
     return json.dumps(shared, sort_keys=True)
