@@ -46,7 +46,7 @@ def make_run(
         one["seconds"] *= slower
     return {
         "settings": {"arm": arm, "seed": seed},
-        "control": arm.partition(":")[0].endswith(("-random", "-shuffle")),
+        "control": arm.partition(":")[0].endswith(("-random", "-shuffle")) and "+" not in arm,
         "mask": None,
         "trained": {"live": 90, "total": 100},
         "memory": {
