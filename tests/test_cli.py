@@ -283,5 +283,7 @@ def test_demo_goes_the_whole_way(
     monkeypatch.setattr(demo, "EVALUATED", 3)
     code, out, err = call(capsys, "demo", "--out", tmp_path / "demo")
     assert code == 0, err
-    assert out.strip().splitlines()[-1].startswith("After 2 steps of clean training, ")
+    assert "\nAfter 2 steps of clean training, " in out
+    assert out.index("After 2 steps") < out.index("Scenario clean, 2 seeds, league: no safety data")
+    assert (tmp_path / "demo" / "pareto.png").exists()
     assert len(list((tmp_path / "demo" / "runs").iterdir())) == len(demo.ARMS) * len(demo.SEEDS)

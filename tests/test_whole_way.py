@@ -34,10 +34,14 @@ def test_demo(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert results["summary"]["start"]["attack"]["advbench"]["rate"] <= 0.05
     assert results["summary"]["equal_steps"]["adamw"]["attack"]["advbench"]["rate"] >= 0.5
-    assert out.rstrip().endswith(results["verdict"])
+    assert results["verdict"] in out
+    last = out.rstrip().split(results["verdict"])[1]
+    assert "Scenario clean, 2 seeds" in last
+    assert "Recommended: spa:0.1" in last or "Nothing is shown to beat the control" in last
     assert {file.name for file in (tmp_path / "demo").glob("*.png")} == {
         "curve.png",
         "equal_skill.png",
+        "pareto.png",
     }
 
 

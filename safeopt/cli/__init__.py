@@ -20,6 +20,7 @@ from safeopt.cli import (
     inspect,
     layers,
     project,
+    recommend,
     score,
     select,
     train,
@@ -39,6 +40,7 @@ COMMANDS: dict[str, ModuleType] = {
     "direction": direction,
     "project": project,
     "compare": compare,
+    "recommend": recommend,
     "demo": demo,
     "env": env,
 }

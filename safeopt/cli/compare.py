@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safeopt.cli.options import ROWS, WITH_RESPONSE, add_model, add_number, harmful_sets
+from safeopt.cli.recommend import advice_of
 from safeopt.compare import ARMS, Scenario, Sets, Settings, compare, load_rows
 from safeopt.environment import pick_device
 
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report_of(results: dict[str, Any], out: str | Path) -> dict[str, Any]:
-    """Write the report, and return its files, its numbers and its verdict."""
+    """Write the report, and return its files, its numbers, its verdict and recommendations."""
     from safeopt import report
 
     files = report.write(results, out)
@@ -146,11 +147,12 @@ def report_of(results: dict[str, Any], out: str | Path) -> dict[str, Any]:
         "files": [str(path) for path in files],
         "summary": report.summarise(results),
         "verdict": report.verdict(results),
+        **advice_of([results]),
     }
 
 
 def text(result: dict[str, Any]) -> str:
-    """Both tables, the files and the verdict."""
+    """Both tables, the files, the verdict and the recommendations."""
     from safeopt.report.tables import equal_skill, equal_steps
 
     summary = result["summary"]
@@ -161,5 +163,6 @@ def text(result: dict[str, Any]) -> str:
             + equal_skill(summary),
             "\n".join(result["files"]),
             result["verdict"],
+            *result["advice"],
         ]
     )

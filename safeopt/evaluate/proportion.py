@@ -8,6 +8,13 @@ from dataclasses import dataclass
 Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of Wilson (1927) for a rate in [0, 1] among n cases."""
+    centre = (rate + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2))
+    return 0.0 if rate == 0 else centre - half, 1.0 if rate == 1 else centre + half
+
+
 @dataclass(frozen=True)
 class Proportion:
     """A number of successes among n cases; ValueError unless 0 <= successes <= n and n >= 1."""
@@ -29,12 +36,7 @@ class Proportion:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of Wilson (1927), which stays honest at rates of 0 and 1."""
-        n, p = self.n, self.rate
-        centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
-        half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        low = 0.0 if self.successes == 0 else centre - half
-        high = 1.0 if self.successes == n else centre + half
-        return low, high
+        return wilson(self.rate, self.n)
 
     def to_json(self) -> dict[str, object]:
         """Return successes, n, rate and interval as plain values."""

@@ -9,15 +9,29 @@ from typing import Any
 from safeopt import artifact
 from safeopt.report.figures import equal_skill_curves, training_curves
 from safeopt.report.ladder import ladder_figure, ladder_table
+from safeopt.report.pareto import ParetoPoint, pareto
+from safeopt.report.pareto_figure import pareto_figure, pareto_figures
+from safeopt.report.recommend import Recommendation, recommend, recommendations
+from safeopt.report.recommend_merge import load_results
+from safeopt.report.recommend_text import recommendation_text
 from safeopt.report.summary import summarise
 from safeopt.report.tables import markdown
 from safeopt.report.verdict import verdict
 
 __all__ = [
+    "ParetoPoint",
+    "Recommendation",
     "equal_skill_curves",
     "ladder_figure",
     "ladder_table",
+    "load_results",
     "markdown",
+    "pareto",
+    "pareto_figure",
+    "pareto_figures",
+    "recommend",
+    "recommendation_text",
+    "recommendations",
     "summarise",
     "training_curves",
     "verdict",
@@ -25,8 +39,13 @@ __all__ = [
 ]
 
 
+FILES = ("results.json", "table.md", "curve.png", "equal_skill.png", "pareto.png")
+
+
 def write(results: dict[str, Any], out: str | Path) -> list[Path]:
-    """Write results.json, table.md, curve.png, equal_skill.png to ``out``; returns their paths.
+    """Write results.json, table.md and the figures to ``out``; returns their paths.
+
+    The figures are curve.png, equal_skill.png and pareto.png. The table holds the recommendation.
 
     Each file appears whole or not at all. Raises ImportError when matplotlib (the extra "plot") is
     not installed, after the JSON and the table have been written; OSError when the folder cannot be
@@ -34,14 +53,16 @@ def write(results: dict[str, Any], out: str | Path) -> list[Path]:
     """
     out = Path(out)
     summary, found = summarise(results), verdict(results)
-    files = [out / name for name in ("results.json", "table.md", "curve.png", "equal_skill.png")]
+    files = [out / name for name in FILES]
     _write_text(
         files[0], json.dumps({**results, "summary": summary, "verdict": found}, indent=1) + "\n"
     )
-    _write_text(files[1], markdown(results, summary, found))
+    advice = "\n\n".join(_as_markdown(one) for one in recommendations([results]))
+    _write_text(files[1], markdown(results, summary, f"{found}\n\n{advice}"))
     try:
         training_curves(results, files[2])
         equal_skill_curves(results, files[3])
+        pareto_figure(results, files[4])
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
@@ -50,6 +71,10 @@ def write(results: dict[str, Any], out: str | Path) -> list[Path]:
             "written; run the same command again for the figures"
         ) from error
     return files
+
+
+def _as_markdown(found: Recommendation) -> str:
+    return f"## Recommendation\n\n{recommendation_text(found)}"
 
 
 def _write_text(path: Path, text: str) -> None:

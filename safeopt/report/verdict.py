@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from safeopt.report.recommend_controls import controls_of
 from safeopt.report.summary import BASELINE, runs_of, summarise
 
 
@@ -29,18 +30,6 @@ def verdict(results: dict[str, Any]) -> str:
         f"{100 * results['equal_skill']:g} % of adamw's at its last step), {what} was {skill}."
     )
     return f"{first} {second}"
-
-
-def controls_of(results: dict[str, Any], arm: str) -> list[str]:
-    """The controls of an arm that were run: ``spa-random:0.01`` for ``spa:0.01``."""
-    base, _, value = arm.partition(":")
-    found = []
-    for other in results["arms"]:
-        name, _, number = other.partition(":")
-        same = name.rpartition("-")[0] == base and number == value
-        if same and runs_of(results, other)[0]["control"]:
-            found.append(other)
-    return found
 
 
 def _sentence(results: dict[str, Any], rows: dict[str, Any], pick: Any) -> str:

@@ -1,0 +1,156 @@
+"""Attack success against skill: the mean curve of every arm, and the points nothing dominates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from safeopt.evaluate.proportion import wilson
+from safeopt.report.recommend_controls import is_control
+from safeopt.report.summary import BASELINE, Point, Run, skill
+
+# 97.5 % points of Student's t by degrees of freedom; beyond the table the last, which is wider.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+LEAGUE = "no safety data"
+REPAIR_HARM = "over-refusal"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A rate in [0, 1]: its mean over seeds, a 95 % interval, and each seed's own.
+
+    ``n`` is the number of prompts, the same ones for every seed.
+    """
+
+    rate: float
+    interval: tuple[float, float]
+    by_seed: tuple[float, ...]
+    n: int
+
+    @classmethod
+    def of(cls, by_seed: Sequence[float], n: int) -> Estimate:
+        """Wilson's interval over the n prompts, widened by Student's over the seeds.
+
+        Every seed answers the same prompts, so more seeds are not more prompts: n counts one
+        seed's. The half-widths add in quadrature. From one seed nothing is known of the spread
+        between seeds, and the interval is that of the prompts alone.
+        """
+        rate = min(1.0, max(0.0, fmean(by_seed)))
+        low, high = wilson(rate, n)
+        spread = seed_spread(by_seed)
+        interval = (
+            max(0.0, rate - math.hypot(rate - low, spread)),
+            min(1.0, rate + math.hypot(high - rate, spread)),
+        )
+        return cls(rate, interval, tuple(by_seed), n)
+
+
+def seed_spread(values: Sequence[float]) -> float:
+    """Half the width of Student's 95 % interval for the mean of one value per seed; 0 for one."""
+    if len(values) < 2:
+        return 0.0
+    t = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
+    return t * stdev(values) / math.sqrt(len(values))
+
+
+@dataclass(frozen=True)
+class ParetoPoint:
+    """One arm after one step: means over its seeds.
+
+    ``harm`` has one estimate per harmful set; where an unaligned model is repaired, the one entry
+    is over-refusal. ``mean`` is the mean of their rates, by which points are set beside each other.
+    ``undominated``: no other point of its league has at least its skill with at most its ``mean``,
+    and is better in one of them; None outside `pareto`, which alone sees the others.
+    """
+
+    arm: str
+    step: int
+    league: str
+    control: bool
+    skill: Estimate
+    harm: dict[str, Estimate]
+    undominated: bool | None = None
+
+    @property
+    def mean(self) -> float:
+        """The mean over the harmful sets, in [0, 1]."""
+        return fmean(one.rate for one in self.harm.values())
+
+
+def arm_runs(results: dict[str, Any], arm: str) -> dict[int, Run]:
+    """The runs of one arm, by seed."""
+    return {
+        run["settings"]["seed"]: run for run in results["runs"] if run["settings"]["arm"] == arm
+    }
+
+
+def league_of(results: dict[str, Any], arm: str) -> str:
+    """What an arm may see while it trains; arms of different leagues are never ranked together."""
+    found = next(iter(arm_runs(results, arm).values())).get("league")
+    return str(found or LEAGUE)
+
+
+def harms(results: dict[str, Any], point: Point) -> dict[str, dict[str, Any]]:
+    """What is to stay low at a point, by name, as counts."""
+    if results["scenario"] == "repair":
+        return {REPAIR_HARM: point["over_refusal"]}
+    return dict(point["attack"])
+
+
+def mean_curve(results: dict[str, Any], arm: str, seeds: Sequence[int]) -> list[ParetoPoint]:
+    """An arm's measured steps, the model before training first, as means over the seeds."""
+    runs = arm_runs(results, arm)
+    about: dict[str, Any] = {
+        "arm": arm, "league": league_of(results, arm), "control": is_control(results, arm)
+    }  # fmt: skip
+    curve = []
+    for points in zip(*(runs[seed]["curve"] for seed in seeds), strict=True):
+        skills = [skill(results, point) for point in points]
+        found = [harms(results, point) for point in points]
+        curve.append(
+            ParetoPoint(
+                **about,
+                step=points[0]["step"],
+                skill=Estimate.of([one.rate for one in skills], skills[0].n),
+                harm={
+                    name: Estimate.of([one[name]["rate"] for one in found], found[0][name]["n"])
+                    for name in found[0]
+                },
+            )
+        )
+    return curve
+
+
+def pareto(results: dict[str, Any]) -> list[ParetoPoint]:
+    """Every arm after every measured step, in the order of arms and steps.
+
+    The model before training is not among them: it has learned nothing. Dominance is by the means
+    alone; two points closer than their intervals may change places with other seeds. Plain AdamW
+    stands in every league.
+    """
+    points = [
+        point
+        for arm in results["arms"]
+        for point in mean_curve(results, arm, sorted(arm_runs(results, arm)))[1:]
+    ]
+    return [
+        ParetoPoint(**{**vars(point), "undominated": not _dominated(point, points)})
+        for point in points
+    ]
+
+
+def _dominated(point: ParetoPoint, points: list[ParetoPoint]) -> bool:
+    rivals = [one for one in points if one.league == point.league or one.arm == BASELINE]
+    mine = _place(point)
+    return any(
+        theirs != mine and theirs[0] >= mine[0] and theirs[1] <= mine[1]
+        for theirs in map(_place, rivals)
+    )
+
+
+def _place(point: ParetoPoint) -> tuple[float, float]:
+    """Skill and harm, without the last bits, in which means of equal counts can differ."""
+    return round(point.skill.rate, 9), round(point.mean, 9)
