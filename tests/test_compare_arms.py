@@ -101,7 +101,7 @@ def test_shuffled_anchors_are_the_same_scores_elsewhere_and_fresh_per_seed(tiny_
     def shares(name: str, seed: int) -> Any:
         context = Context(model=tiny_llama, scores=scores, lr=1e-2, weight_decay=0.0, seed=seed)
         optimizer: Any = Arm.parse(f"{name}:2").plan(context).optimizer
-        return optimizer._anchor._shares
+        return optimizer._anchor._given
 
     assert ARMS["anchor-shuffle"].control and not ARMS["anchor"].control
     plain, mixed, again, other = (

@@ -9,15 +9,18 @@ from typing import Any
 from safeopt import artifact
 from safeopt.report.figures import equal_skill_curves, training_curves
 from safeopt.report.ladder import ladder_figure, ladder_table
+from safeopt.report.matched import early_stop, same_drift
 from safeopt.report.summary import summarise
 from safeopt.report.tables import markdown
 from safeopt.report.verdict import verdict
 
 __all__ = [
+    "early_stop",
     "equal_skill_curves",
     "ladder_figure",
     "ladder_table",
     "markdown",
+    "same_drift",
     "summarise",
     "training_curves",
     "verdict",
@@ -35,9 +38,9 @@ def write(results: dict[str, Any], out: str | Path) -> list[Path]:
     out = Path(out)
     summary, found = summarise(results), verdict(results)
     files = [out / name for name in ("results.json", "table.md", "curve.png", "equal_skill.png")]
-    _write_text(
-        files[0], json.dumps({**results, "summary": summary, "verdict": found}, indent=1) + "\n"
-    )
+    read = {"summary": summary, "verdict": found}
+    read |= {"early_stop": early_stop(results), "same_drift": same_drift(results)}
+    _write_text(files[0], json.dumps({**results, **read}, indent=1) + "\n")
     _write_text(files[1], markdown(results, summary, found))
     try:
         training_curves(results, files[2])
