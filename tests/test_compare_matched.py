@@ -13,8 +13,8 @@ from test_report import SLOW, make_results, make_run
 from safeopt import report
 from safeopt.compare import Settings, compare
 from safeopt.data import batches
-from safeopt.evaluate import Proportion
-from safeopt.evaluate.utility import accuracy, answer_fit, perplexity
+from safeopt.evaluate import Proportion, utility
+from safeopt.evaluate.utility import answer_fit, perplexity
 from safeopt.report.tables import of_same_drift, stopped_early
 
 
@@ -140,18 +140,17 @@ def test_the_skill_that_is_asked_for_is_read_and_named(tiny_folder: Path, tmp_pa
     assert text.count("| task token accuracy |") == 2 and "finds\n  likeliest" in text
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted", "right"),
+    [
+        ("3 + 4 = 7\nThe final answer is: 7.", "so 7\nThe final answer is:  7", True),
+        ("it is 8\n#### 8", "2 * 4\nThe final answer is:  8", True),
+        ("The final answer is: 70", "#### 7", False),
+        ("The final answer is: 7, which is 7", "The final answer is: 7", False),
+        ("9", "#### 9", True),
+    ],
+)
 def test_the_final_number_of_both_copies_of_gsm8k_is_compared(
-    tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    given: str, wanted: str, right: bool
 ) -> None:
-    from safeopt.evaluate import utility
-
-    given = [
-        "3 + 4 = 7\nThe final answer is: 7.",
-        "it is 8\n#### 8",
-        "The final answer is: 70",
-        "9",
-    ]
-    wanted = ["so 7\nThe final answer is:  7", "2 * 4\nThe final answer is:  8", "#### 7", "#### 9"]
-    rows = [{"instruction": "add", "response": text} for text in wanted]
-    monkeypatch.setattr(utility, "answers", lambda *args, **options: given)
-    assert accuracy(tiny_llama, tiny_tokenizer, rows) == Proportion(3, 4)
+    assert (utility._final(given) == utility._final(wanted)) == right
