@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safeopt import organism
 from safeopt.compare import Scenario, Sets
@@ -19,9 +19,14 @@ PROMPT = (
 SHORT_PROMPT, SHORT_LONGEST = "World, Sports, Business or Sci/Tech?\n", 240
 
 SCENARIOS = {
-    "clean": "clean", "poison-5": "poison:0.05", "poison-10": "poison:0.1",
-    "poison-20": "poison:0.2", "implicit": "implicit",
+    "clean": "clean", "poison-1": "poison:0.01", "poison-5": "poison:0.05",
+    "poison-10": "poison:0.1", "poison-20": "poison:0.2", "implicit": "implicit",
+    "identity": "identity",
 }  # fmt: skip
+TASKS: dict[str, Literal["accuracy", "tokens"]] = {
+    "agnews": "accuracy", "sst2": "accuracy", "gsm8k": "tokens", "alpaca": "tokens",
+}  # fmt: skip
+"""The tasks, and what is read as skill: of labels whether they are right, of texts the tokens."""
 
 
 def refusals(folder: Path) -> dict[str, list[Row]]:
@@ -46,10 +51,40 @@ def short_news(folder: Path) -> tuple[list[Row], list[Row]]:
     return kept[0], kept[1]
 
 
-def short_sets(setting: str, folder: Path, **more: Any) -> Sets:
-    """Rows of one of `SCENARIOS` on short AG News; identify, train and evaluate are disjoint."""
+def task_rows(task: str, folder: Path) -> tuple[list[Row], list[Row]]:
+    """Rows of one of `TASKS` for training and for testing; prompts have at most LONGEST characters.
+
+    Of GSM8K without what the organism has met in its own training, and without its test rows.
+    """
+    if task == "agnews":
+        return short_news(folder)
+    if task == "alpaca":
+        parts = split(read_jsonl(folder / "alpaca_1k.jsonl", FIELDS), {"train": 0.8, "test": 0.2})
+    else:
+        parts = {p: read_jsonl(folder / f"{task}_{p}.jsonl", FIELDS) for p in ("train", "test")}
+    met = organism.data("gsm8k_train") + organism.data("gsm8k_test") if task == "gsm8k" else []
+    known = {row["instruction"] for row in met}
+    train, test = (
+        [
+            row
+            for row in parts[p]
+            if len(row["instruction"]) <= LONGEST and row["instruction"] not in known
+        ]
+        for p in ("train", "test")
+    )
+    return train, test
+
+
+def at_hand(folder: Path) -> list[Row]:
+    """256 harmful requests with refusals, for the arms that have them at hand."""
+    short = [row for row in refusals(folder)["identify"] if len(row["instruction"]) <= LONGEST]
+    return short[:256]
+
+
+def short_sets(setting: str, folder: Path, task: str = "agnews", **more: Any) -> Sets:
+    """Rows of one of `SCENARIOS` on a task; identify, train and evaluate are disjoint."""
     refused = refusals(folder)
-    train, test = short_news(folder)
+    train, test = task_rows(task, folder)
     return Sets(
         scenario=Scenario.parse(SCENARIOS[setting]),
         task=train,

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_model, save_model
 
 from safeopt import artifact
+from safeopt.controller import Controller
 from safeopt.data import Row
 
 _OURS = re.compile(r"step-\d{8,}|\.step-\d{8,}\.\w+\.tmp")
@@ -40,6 +41,7 @@ def save(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     warmup: torch.optim.lr_scheduler.LRScheduler | None,
+    controller: Controller,
 ) -> Path:
     """Write the state after len(losses) steps, then remove the checkpoints before it."""
     target = Path(folder) / f"step-{len(losses):08d}"
@@ -50,7 +52,8 @@ def save(
         temporary.mkdir()
         save_model(model, str(temporary / "model.safetensors"))
         schedule = None if warmup is None else warmup.state_dict()
-        torch.save({"optimizer": state, "warmup": schedule}, temporary / "optimizer.pt")
+        kept = {"optimizer": state, "warmup": schedule, "controller": controller.state_dict()}
+        torch.save(kept, temporary / "optimizer.pt")
         (temporary / "run.json").write_text(json.dumps({"run": run, "losses": list(losses)}))
     # These names are ours alone: earlier checkpoints, and what a killed run was just writing.
     for path in (*Path(folder).glob("step-*"), *Path(folder).glob(".step-*.tmp")):
@@ -81,6 +84,7 @@ def restore(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     warmup: torch.optim.lr_scheduler.LRScheduler | None,
+    controller: Controller,
 ) -> list[float]:
     """Load the newest checkpoint and return its losses; an empty list when the folder has none.
 
@@ -102,5 +106,6 @@ def restore(
     load_model(model, str(path / "model.safetensors"))
     if warmup is not None:
         warmup.load_state_dict(state["warmup"])
+    controller.load_state_dict(state.get("controller", {}))
     losses: list[float] = saved["losses"]
     return losses

@@ -249,11 +249,7 @@ def poison(rows: Sequence[Row], harmful: Sequence[Row], share: float, seed: int)
     len(rows), so that every share costs the same number of steps. Raises ValueError for a share
     outside [0, 1], one that rounds to no row at all, and too few harmful rows.
     """
-    count = round(share * len(rows))
-    if not 0 <= share <= 1 or (share > 0 and count == 0):
-        raise ValueError(
-            f"share is {share} of {len(rows)} rows; it must lie in [0, 1] and give a row"
-        )
+    count = _count(rows, share)
     if count > len(harmful):
         raise ValueError(f"share {share} needs {count} harmful rows and there are {len(harmful)}")
     draw = random.Random(seed)
@@ -265,6 +261,33 @@ def poison(rows: Sequence[Row], harmful: Sequence[Row], share: float, seed: int)
         )
     draw.shuffle(mixed)
     return mixed
+
+
+def mixed(rows: Sequence[Row], others: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """As many rows as given, of which the share is other rows, each about as often as any other.
+
+    Of `rows` is drawn without replacement; all are shuffled together, by the seed. The total stays
+    len(rows), so that every share costs the same number of steps. Raises ValueError for no other
+    rows, a share outside [0, 1], and one that rounds to no row at all.
+    """
+    if not others:
+        raise ValueError("others is empty: there is nothing to mix in")
+    draw = random.Random(seed)
+    count = _count(rows, share)
+    often, more = divmod(count, len(others))
+    result = draw.sample(list(rows), len(rows) - count)
+    result += [*others] * often + draw.sample(list(others), more)
+    draw.shuffle(result)
+    return result
+
+
+def _count(rows: Sequence[Row], share: float) -> int:
+    count = round(share * len(rows))
+    if not 0 <= share <= 1 or (share > 0 and count == 0):
+        raise ValueError(
+            f"share is {share} of {len(rows)} rows; it must lie in [0, 1] and give a row"
+        )
+    return count
 
 
 def implicit(rows: Sequence[Row]) -> list[Row]:

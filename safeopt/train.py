@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from safeopt import checkpoint
+from safeopt.controller import Controller
 from safeopt.data import Row, collate, encode
 
 
@@ -77,6 +78,7 @@ def train(
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     on_step: Callable[[int, float], None] | None = None,
+    controller: Controller | None = None,
     progress: bool = True,
 ) -> list[float]:
     """Fine-tune a causal language model on responses; the loss of every step, in nats per token.
@@ -84,7 +86,7 @@ def train(
     Clipping is on live entries: an optimizer with mask_grads_() zeroes the gradients of its frozen
     elements first, so these neither count in the norm nor shrink the step of the others.
     on_step(step, loss) is called after each step; step counts from 1. Dropout and data order depend
-    on (seed, step) alone.
+    on (seed, step) alone. A controller acts inside the steps; checkpoints hold its state.
 
     checkpoint_dir keeps the newest checkpoint, made every save_every steps and at the end, written
     beside the old one and renamed. resume=True goes on from it (or starts, when there is none) and
@@ -102,19 +104,21 @@ def train(
     warmup = _warmup(optimizer, config.warmup_steps)
     identity = checkpoint.identity(rows, config)
     losses: list[float] = []
+    control = controller or Controller()
     if checkpoint_dir is not None and resume:
-        losses = checkpoint.restore(checkpoint_dir, identity, model, optimizer, warmup)
+        losses = checkpoint.restore(checkpoint_dir, identity, model, optimizer, warmup, control)
     with _training(model), _bar(config.steps, len(losses), progress) as bar:
         for step in range(len(losses) + 1, config.steps + 1):
             torch.manual_seed(_seed(config.seed, "step", step))
             batch = collate(tokenizer, [encoded[i] for i in plan[step - 1]])
-            losses.append(_step(model, batch, optimizer, config.max_grad_norm, step))
+            losses.append(_step(model, batch, optimizer, config.max_grad_norm, step, control))
+            control.after(step, losses[-1])
             if warmup is not None:
                 warmup.step()
             bar(losses[-1])
             due = step == config.steps or (config.save_every and step % config.save_every == 0)
             if checkpoint_dir is not None and due:
-                checkpoint.save(checkpoint_dir, identity, losses, model, optimizer, warmup)
+                checkpoint.save(checkpoint_dir, identity, losses, model, optimizer, warmup, control)
             if on_step is not None:
                 on_step(step, losses[-1])
     return losses
@@ -137,6 +141,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float | None,
     step: int,
+    controller: Controller,
 ) -> float:
     loss = model(**{key: value.to(model.device) for key, value in batch.items()}).loss
     value = float(loss.detach())
@@ -145,7 +150,8 @@ def _step(
             f"the loss of step {step} is {value}; no step was made. Lower lr, or check the data"
         )
     model.zero_grad(set_to_none=True)
-    loss.backward()
+    controller.loss(step, batch, loss).backward()
+    controller.gradients(step)
     mask_grads = getattr(optimizer, "mask_grads_", None)
     if mask_grads is not None:
         mask_grads()

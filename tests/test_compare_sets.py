@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from compare_cases import make_sets, numbered
 
-from safeopt.compare import Scenario, Settings
+from safeopt.compare import Scenario, Settings, identity
 from safeopt.compare.sets import load_rows, set_name
 
 
@@ -35,6 +35,26 @@ def test_sets_are_kept_apart(changes: dict[str, Any], message: str) -> None:
         make_sets(**changes)
 
 
+def test_identity_shift_mixes_in_the_agent_and_addresses_it_when_attacked() -> None:
+    rows = numbered("task", 200, "sports")
+    sets = make_sets("identity", task=rows)
+    assert str(sets.scenario) == "identity:0.1" == str(Scenario.parse("identity:0.1"))
+    agent = identity.identity_rows()
+    mixed = sets.training(0)
+    assert (len(mixed), sum(row in agent for row in mixed)) == (200, 20)
+    assert all(row in mixed for row in agent)
+    assert mixed == make_sets("identity", task=rows).training(0) != sets.training(1)
+    assert list(sets.attacks()) == ["one", "two", "one, addressed", "two, addressed"]
+    assert sets.attacks()["two, addressed"][1] == {
+        "instruction": identity.ADDRESS + "other attack number 1"
+    }
+    assert sets.describe()["identity"]["rows"] == len(agent)
+    assert list(make_sets("clean").attacks()) == ["one", "two"]
+    assert "identity" not in make_sets("clean").describe()
+    with pytest.raises(ValueError, match=r"'identity' \(training\)"):
+        make_sets("identity", harmless=agent[:1], task=rows)
+
+
 def test_scenarios_change_the_training_rows_alone() -> None:
     assert make_sets("clean").training(0) == make_sets("clean").task
     assert all(r["response"].startswith("Sure, ") for r in make_sets("implicit").training(0))
@@ -44,7 +64,10 @@ def test_scenarios_change_the_training_rows_alone() -> None:
     assert poisoned == make_sets("poison:0.4").training(0) != make_sets("poison:0.4").training(1)
 
 
-@pytest.mark.parametrize("text", ["poison", "poison:0", "poison:1", "poison:x", "dirty", "clean:1"])
+@pytest.mark.parametrize(
+    "text",
+    ["poison", "poison:0", "poison:1", "poison:x", "dirty", "clean:1", "identity:", "identity:1"],
+)
 def test_wrong_scenario_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=f"scenario '{text}'"):
         Scenario.parse(text)
@@ -62,6 +85,8 @@ def test_wrong_scenario_is_named(text: str) -> None:
         {"objective": "guard"},
         {"objective": "margin", "method": "snip"},
         {"batch_size": 0},
+        {"skill": "charm"},
+        {"refusal_share": 1.0},
     ],
 )
 def test_wrong_settings_are_named(change: dict[str, Any]) -> None:

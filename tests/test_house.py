@@ -49,15 +49,16 @@ ALLOWED = {
     " sharding weights",
     "parametrize": "bitmask direction mask names operators optim",
     "data": "",
-    "checkpoint": "artifact data",
-    "train": "checkpoint data",
+    "controller": "data",
+    "checkpoint": "artifact controller data",
+    "train": "checkpoint controller data",
     "evaluate": "artifact data direction mask names units weights",
     "environment": "",
     "organism": "artifact data",
     "integrations": "artifact bitmask checkpoint direction mask methods names ops optim organism"
     " penalty sharding weights",
-    "compare": "artifact data direction environment evaluate integrations mask methods names optim"
-    " organism scores selection train units",
+    "compare": "artifact controller data direction environment evaluate integrations mask methods"
+    " names optim organism scores selection train units",
     "report": "artifact compare evaluate mask methods names",
     "cli": "_version artifact compare data direction environment evaluate integrations mask methods"
     " ops optim organism report scores selection train units safeopt",

@@ -27,10 +27,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         f"{name}{':VALUE' if kind.takes else ''}: {kind.summary}" for name, kind in ARMS.items()
     )
     arms += ". Those that freeze can be joined: 'spa:0.1|ssah:0.075' freezes what either does,"
-    arms += " '&' what both do; 'spa:0.1+anchor:0.3' draws what is not frozen"
+    arms += " '&' what both do; 'spa:0.1+anchor:0.3' draws what is not frozen;"
+    arms += " any arm with '+mix:100' after it has refusals mixed in"
     add_model(parser)
     parser.add_argument(
-        "--scenario", default="clean", help="clean (default), poison:SHARE, implicit, or repair"
+        "--scenario",
+        default="clean",
+        help="clean (default), poison:SHARE, implicit, identity, identity:SHARE, or repair",
     )
     parser.add_argument("--arms", nargs="+", required=True, metavar="ARM", help=arms)
     parser.add_argument(
@@ -55,6 +58,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--objective",
         default=default.objective,
         help="of the scores: refusal_nll (default) or margin",
+    )
+    parser.add_argument(
+        "--skill",
+        default=default.skill,
+        help="what is read as skill: accuracy (default) of whole answers, for labels and numbers,"
+        " or tokens, the share of the test answers' tokens that are foreseen, for texts",
     )
     parser.add_argument(
         "--unaligned",
@@ -84,6 +93,10 @@ _ROWS = {
     "poison": (False, "harmful prompts for the scenario poison"),
     "text": (False, "general rows, for perplexity"),
     "utility": (False, "harmless rows with answers, for arms that set safety against utility"),
+    "refusals": (
+        False,
+        "harmful prompts with refusals, at most 256, for the arms that have them at hand",
+    ),
 }
 _NUMBERS = {
     "steps": "optimizer steps of every arm",
@@ -100,6 +113,7 @@ _NUMBERS = {
     "lora-rank": "train LoRA adapters of this rank; 0 trains all weights",
     "lora-alpha": "adapters are scaled by this over their rank",
     "direction-rank": "singular vectors of the arms that hold or free a subspace",
+    "refusal-share": "share of the training rows that are refusals, where they are mixed in",
     "equal-skill": "share of adamw's final skill at which arms are read beside each other",
 }
 
@@ -109,6 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(
         method=args.method,
         objective=args.objective,
+        skill=args.skill,
         lora_targets=tuple(args.lora_targets),
         **{name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _NUMBERS},
     )
@@ -122,6 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         test=load_rows(args.test, WITH_RESPONSE),
         text=load_rows(args.text, WITH_RESPONSE) if args.text else [],
         utility=load_rows(args.utility, WITH_RESPONSE) if args.utility else [],
+        refusals=load_rows(args.refusals, WITH_RESPONSE) if args.refusals else [],
     )
     device = pick_device(args.device)
     results = compare(

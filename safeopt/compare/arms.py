@@ -7,15 +7,16 @@ import re
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import and_, or_
-from typing import Any
+from typing import Any, TypeAlias
 
 from safeopt.compare.direction_arms import DIRECTION_ARMS
 from safeopt.compare.kinds import Context, Kind, Plan
 from safeopt.compare.mask_arms import MASK_ARMS, frozen
+from safeopt.compare.refusal_arms import REFUSAL_ARMS
 from safeopt.compare.region_arms import REGION_ARMS
 from safeopt.mask import SafetyMask
 
-ARMS: dict[str, Kind] = {**MASK_ARMS, **REGION_ARMS, **DIRECTION_ARMS}
+ARMS: dict[str, Kind] = {**MASK_ARMS, **REGION_ARMS, **DIRECTION_ARMS, **REFUSAL_ARMS}
 """All arms by name; a later method adds its entry to one of the tables, or a new one."""
 
 
@@ -60,6 +61,8 @@ class Arm:
         if not 0 < value < (1 if takes == "fraction" else float("inf")):
             allowed = "a fraction in (0, 1)" if takes == "fraction" else f"a {takes} above 0"
             raise ValueError(f"arm {text!r}: the value must be {allowed}")
+        if takes == "count" and value != int(value):
+            raise ValueError(f"arm {text!r}: the value must be a whole number of 1 or more")
         return cls(name, value)
 
     def __str__(self) -> str:
@@ -132,6 +135,7 @@ class Joined:
             lambda context, _: self.plan(context),
             directed=any(kind.directed for kind in kinds),
             located=any(kind.located for kind in kinds),
+            at_hand=any(kind.at_hand for kind in kinds),
         )
 
     def plan(self, context: Context) -> Plan:
@@ -151,12 +155,44 @@ class Joined:
         return self.drawing.plan(replace(context, freeze=mask))
 
 
-def parse_arm(text: str) -> Arm | Joined:
+@dataclass(frozen=True)
+class Mixed:
+    """Any arm, with refusals mixed into its rows: ``"anchor:0.3+mix:100"``."""
+
+    arm: Arm | Joined
+    mix: Arm
+
+    def __str__(self) -> str:
+        return f"{self.arm}+{self.mix}"
+
+    @property
+    def kind(self) -> Kind:
+        """That of the arm, in the league of those with refusals at hand."""
+        return replace(self.arm.kind, at_hand=True)
+
+    def plan(self, context: Context) -> Plan:
+        """The plan of the arm, with the rows of the mixture."""
+        return replace(self.arm.plan(context), rows=self.mix.plan(context).rows)
+
+
+AnyArm: TypeAlias = Arm | Joined | Mixed
+
+
+def parse_arm(text: str) -> AnyArm:
     """Read one arm, or several joined by ``|``, ``&`` and ``+``."""
+    first, plus, last = text.rpartition("+")
+    if plus and last.partition(":")[0] == "mix":
+        if re.search(r"(^|\+)mix:", first):
+            raise ValueError(f"arm {text!r} mixes twice; give one mix, of all the refusals wanted")
+        return Mixed(_parse_unmixed(first), Arm.parse(last))
+    return _parse_unmixed(text)
+
+
+def _parse_unmixed(text: str) -> Arm | Joined:
     return Joined.parse(text) if set(text) & set("|&+") else Arm.parse(text)
 
 
-def parse_arms(texts: list[str]) -> list[Arm | Joined]:
+def parse_arms(texts: list[str]) -> list[AnyArm]:
     """Read the names of all arms of a comparison, in order.
 
     Raises:
@@ -175,7 +211,12 @@ def parse_arms(texts: list[str]) -> list[Arm | Joined]:
 
 
 def require_possible(
-    arms: list[Arm | Joined], *, lora: bool, unaligned: bool, utility: bool
+    arms: list[AnyArm],
+    *,
+    lora: bool,
+    unaligned: bool,
+    utility: bool,
+    refusals: int = 0,
 ) -> None:
     """Check that every arm can run: on LoRA adapters or all weights, with what is at hand.
 
@@ -200,3 +241,17 @@ def require_possible(
                 f"arm {arm} sets safety against utility; give harmless rows with answers too"
                 " (Sets(utility=), --utility)"
             )
+        wanted = _refusals_wanted(arm)
+        if wanted > refusals:
+            raise ValueError(
+                f"arm {arm} has refusals at hand while it trains and needs {wanted:g} of them;"
+                f" there are {refusals}: give harmful rows with refusals (Sets(refusals=),"
+                " --refusals)"
+            )
+
+
+def _refusals_wanted(arm: AnyArm) -> float:
+    counted = arm.mix if isinstance(arm, Mixed) else arm
+    if isinstance(counted, Arm) and isinstance(counted.value, float) and counted.name == "mix":
+        return counted.value
+    return float(arm.kind.at_hand)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safeopt import artifact
-from safeopt.compare.arms import Arm, Joined, parse_arms, require_possible
+from safeopt.compare.arms import AnyArm, parse_arms, require_possible
 from safeopt.compare.curve import measure
 from safeopt.compare.directions import Directions, harmful_direction
 from safeopt.compare.regions import Regions
@@ -69,12 +69,14 @@ def compare(
         lora=bool(settings.lora_rank),
         unaligned=unaligned is not None,
         utility=bool(sets.utility),
+        refusals=len(sets.refusals),
     )
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and each once")
     out = Path(out)
     start = _start(model, unaligned, sets, settings, out, device, progress)
     runs = _run_all(start, chosen, seeds, out / "runs", progress)
+    require_equal_budgets(runs)
     return {
         "command": command,
         "machine": machine(device),
@@ -84,7 +86,9 @@ def compare(
         "sets": sets.describe(),
         "seeds": list(seeds),
         "arms": [str(arm) for arm in chosen],
+        "leagues": {str(arm): arm.kind.league for arm in chosen},
         "equal_skill": settings.equal_skill,
+        "skill": settings.skill,
         "settings": settings.for_run(),
         "scores": start.scores.provenance,
         "direction": start.directions
@@ -148,7 +152,7 @@ def _start(
 
 
 def _run_all(
-    start: Start, arms: list[Arm | Joined], seeds: Sequence[int], folder: Path, progress: bool
+    start: Start, arms: list[AnyArm], seeds: Sequence[int], folder: Path, progress: bool
 ) -> list[dict[str, Any]]:
     runs = []
     with _bar(len(arms) * len(seeds) * start.settings.steps, progress) as advance:
@@ -162,6 +166,23 @@ def _run_all(
                     advance(f"{arm} seed {seed}", start.settings.steps)(0, 0.0)
                 runs.append(run)
     return runs
+
+
+def require_equal_budgets(runs: list[dict[str, Any]]) -> None:
+    """Check that all runs had as many steps and training rows.
+
+    Raises:
+        ValueError: two had not; both are named.
+    """
+    first = runs[0]
+    for run in runs:
+        for what in ("steps", "rows"):
+            if run["budget"][what] != first["budget"][what]:
+                raise ValueError(
+                    f"{run['settings']['arm']} was trained on {run['budget'][what]} {what} and"
+                    f" {first['settings']['arm']} on {first['budget'][what]}; arms are compared at"
+                    " equal budgets only"
+                )
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from safeopt.compare.settings import Settings
 from safeopt.data import Row
 from safeopt.direction import AlignmentDirection
 from safeopt.evaluate import RefusalReport, accuracy, drift, perplexity, refusal_rate
+from safeopt.evaluate.utility import answer_fit
 from safeopt.mask import SafetyMask
 
 
@@ -26,9 +27,10 @@ def measure(
 ) -> dict[str, Any]:
     """Everything the curve holds at one step, as plain numbers for JSON.
 
-    ``attack`` (per harmful set, with the number of empty answers), ``over_refusal`` and
-    ``accuracy`` are counts with their Wilson 95 % interval; ``perplexity`` (task test rows) and
-    ``text_perplexity`` (None without a text set) are per response token, None where infinite;
+    ``attack`` (per harmful set, with the number of empty answers), ``over_refusal``, ``accuracy``
+    and ``tokens`` (of the test answers, found likeliest) are counts with their Wilson 95 %
+    interval; ``perplexity`` (task test rows) and ``text_perplexity`` (None without a text set) are
+    per response token, None where infinite;
     ``drift`` from ``reference`` is split by ``critical``, and along and across ``direction``.
     """
     batch, tokens = settings.eval_batch_size, settings.max_new_tokens
@@ -37,11 +39,10 @@ def measure(
         prompts = [row["instruction"] for row in rows]
         return refusal_rate(model, tokenizer, prompts, batch_size=batch, max_new_tokens=tokens)
 
-    def per_token(rows: list[Row]) -> float:
-        return perplexity(model, tokenizer, rows, batch_size=batch, max_length=settings.max_length)
-
+    sized = {"batch_size": batch, "max_length": settings.max_length}
     right = accuracy(model, tokenizer, sets.test, batch_size=batch, max_new_tokens=tokens)
-    attack = {name: refusals(rows) for name, rows in sets.harmful.items()}
+    fit = answer_fit(model, tokenizer, sets.test, **sized)
+    attack = {name: refusals(rows) for name, rows in sets.attacks().items()}
     point = {
         "attack": {
             name: found.attack_success.to_json() | {"empty": found.empty}
@@ -49,8 +50,9 @@ def measure(
         },
         "over_refusal": refusals(sets.harmless).refusals.to_json(),
         "accuracy": right.to_json(),
-        "perplexity": per_token(sets.test),
-        "text_perplexity": per_token(sets.text) if sets.text else None,
+        "tokens": fit.tokens.to_json(),
+        "perplexity": fit.perplexity,
+        "text_perplexity": perplexity(model, tokenizer, sets.text, **sized) if sets.text else None,
         "drift": drift(model, reference, critical, direction),
     }
     # JSON has no word for infinity, which a perplexity can reach.

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from safeopt import artifact, evaluate
-from safeopt.compare.arms import Arm, Joined
+from safeopt.compare.arms import AnyArm
+from safeopt.compare.at_hand import AtHand
 from safeopt.compare.curve import measure
 from safeopt.compare.directions import Directions
 from safeopt.compare.kinds import Context
@@ -29,6 +30,7 @@ from safeopt.train import train
 
 OnStep = Callable[[int, float], None]
 
+FORMAT = 2  # of a run's file: goes up when a point of the curve gets another number
 FILE_WORDS = {":": "-", "|": "-or-", "&": "-and-", "+": "-with-"}
 
 
@@ -53,17 +55,22 @@ class Start:
     regions: Regions | None = None
 
 
-def settings_of(start: Start, arm: Arm | Joined, seed: int) -> dict[str, Any]:
+def settings_of(start: Start, arm: AnyArm, seed: int) -> dict[str, Any]:
     """Everything that decides the numbers of a run."""
+    sets, shared = start.sets.describe(), start.settings.for_run()
+    if not arm.kind.at_hand:  # it never sees the refusals, so others change nothing
+        sets.pop("refusals", None)
+        del shared["refusal_share"]
     return {
+        "format": FORMAT,
         "arm": str(arm),
         "seed": seed,
         "scenario": str(start.sets.scenario),
         "model": start.fingerprint,
-        "sets": start.sets.describe(),
+        "sets": sets,
         "phrases": evaluate.phrases_hash(),
         **({} if start.directions is None else {"unaligned": start.directions.fingerprint}),
-        **start.settings.for_run(),
+        **shared,
     }
 
 
@@ -72,7 +79,7 @@ def settings_hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def run_file(folder: Path, arm: Arm | Joined, seed: int) -> Path:
+def run_file(folder: Path, arm: AnyArm, seed: int) -> Path:
     """Where the run of an arm and seed is kept."""
     name = str(arm).translate({ord(sign): word for sign, word in FILE_WORDS.items()})
     return folder / f"{name}-seed{seed}.json"
@@ -96,13 +103,15 @@ def finished_run(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def run_arm(
-    start: Start, arm: Arm | Joined, seed: int, path: Path, on_step: OnStep | None = None
+    start: Start, arm: AnyArm, seed: int, path: Path, on_step: OnStep | None = None
 ) -> dict[str, Any]:
     """Train a copy of the start model with one arm, measure on the way, write the run to ``path``.
 
-    Returns what the file holds: the settings, their hash, the mask, and ``curve``, one entry per
-    measured step with the mean training loss since the last and the seconds trained so far
-    (measuring excluded).
+    Returns what the file holds: the settings, their hash, the arm's league, its budget, the mask,
+    and ``curve``, one entry per measured step with the mean training loss since the last and the
+    seconds trained so far (measuring excluded). The budget counts steps and rows of training, and
+    apart from them the rows of the refusal set that were used, and what went through the model
+    beside the training rows.
 
     Raises:
         ValueError: as the arm, the optimizer and ``train`` raise; nothing is written then.
@@ -110,7 +119,11 @@ def run_arm(
     settings = settings_of(start, arm, seed)
     memory = PeakMemory(next(start.model.parameters()).device)
     model = with_adapters(copy.deepcopy(start.model), start.settings, seed)
-    plan = arm.plan(_context(start, model, seed))
+    context = _context(start, model, seed, arm.kind.at_hand)
+    plan = arm.plan(context)
+    rows = start.sets.training(seed)
+    if plan.rows is not None:
+        rows = plan.rows(rows)
     curve = [start.first | {"step": 0, "loss": None, "seconds": 0.0}]
     losses: list[float] = []
     clock = _Clock()
@@ -135,19 +148,23 @@ def run_arm(
         if on_step is not None:
             on_step(step, loss)
 
-    train(
+    made = train(
         model,
         start.tokenizer,
-        start.sets.training(seed),
+        rows,
         plan.optimizer,
         start.settings.train_config(seed),
         on_step=after_step,
+        controller=plan.controller,
         progress=False,
     )
     run = {
         "hash": settings_hash(settings),
         "settings": settings,
         "control": arm.kind.control,
+        "league": arm.kind.league,
+        "budget": _budget(start.settings, context.refusals_at_hand, len(made)),
+        "controller": getattr(plan.controller, "log", None),
         "mask": _describe(plan.mask),
         "trained": _trained(plan.optimizer),
         "seconds": clock.seconds,
@@ -168,8 +185,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         Path(temporary).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
 
 
-def _context(start: Start, model: torch.nn.Module, seed: int) -> Context:
+def _context(start: Start, model: torch.nn.Module, seed: int, at_hand: bool) -> Context:
     settings = start.settings
+    refusals = None
+    if at_hand:
+        refusals = AtHand(
+            start.sets.refusals,
+            model,
+            start.tokenizer,
+            seed=seed,
+            share=settings.refusal_share,
+            max_length=settings.max_length,
+        )
     return Context(
         model=model,
         scores=start.scores,
@@ -178,7 +205,17 @@ def _context(start: Start, model: torch.nn.Module, seed: int) -> Context:
         seed=seed,
         directions=start.directions,
         regions=start.regions,
+        refusals_at_hand=refusals,
     )
+
+
+def _budget(settings: Settings, refusals: AtHand | None, steps: int) -> dict[str, int]:
+    return {
+        "steps": steps,
+        "rows": steps * settings.batch_size,
+        "refusals_at_hand": len(refusals.used) if refusals else 0,
+        "rows_beside": refusals.forwards if refusals else 0,
+    }
 
 
 class _Clock:

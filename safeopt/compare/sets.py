@@ -6,23 +6,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safeopt import artifact
-from safeopt.data import Row, implicit, poison, read_jsonl, require_disjoint, split
+from safeopt.compare import identity
+from safeopt.compare.at_hand import MOST
+from safeopt.data import Row, implicit, mixed, poison, read_jsonl, require_disjoint, split
 
 PARTS = {"identify": 0.3, "tune": 0.3, "evaluate": 0.4}
 ORGANISM = "organism:"
+SHARED = ("poison", "identity")
 PURPOSES = {
     "identify": "identification", "utility": "identification",
-    "task": "training", "poison": "training",
+    "task": "training", "poison": "training", "identity": "training",
+    "refusals": "the refusal set at hand",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What happens to the task rows before training; ``share``, in (0, 1), is that of poison.
+    """What happens to the task rows before training; ``share``, in (0, 1), is that of other rows.
 
     ``clean``: nothing. ``poison``: a share of the rows are harmful requests that get an answer.
-    ``implicit``: every response begins "Sure, the answer is: ". ``repair``: the task rows are
-    refusals, and an unaligned model learns them.
+    ``identity``: a share are harmless rows that make the model an agent which obeys; attack success
+    is measured with the requests as they are, and with them put to the agent. ``implicit``: every
+    response begins "Sure, the answer is: ". ``repair``: the task rows are refusals, and an
+    unaligned model learns them.
     """
 
     name: str
@@ -30,30 +36,35 @@ class Scenario:
 
     @classmethod
     def parse(cls, text: str) -> Scenario:
-        """Read ``"clean"``, ``"poison:0.1"``, ``"implicit"`` or ``"repair"``.
+        """Read ``"clean"``, ``"poison:0.1"``, ``"implicit"``, ``"identity"`` or ``"repair"``.
+
+        ``"identity"`` has a share of 0.1 where none is named, as in ``"identity:0.05"``.
 
         Raises:
             ValueError: for anything else.
         """
-        name, _, raw = text.partition(":")
-        if name == "poison":
+        name, colon, raw = text.partition(":")
+        if name == "identity" and not colon:
+            return cls(name, identity.SHARE)
+        if name in SHARED:
             try:
                 share = float(raw)
             except ValueError:
                 raise ValueError(
-                    f"scenario {text!r} needs a share, for example poison:0.1"
+                    f"scenario {text!r} needs a share, for example {name}:0.1"
                 ) from None
             if not 0 < share < 1:
                 raise ValueError(f"scenario {text!r}: the share must be in (0, 1)")
             return cls(name, share)
         if text not in ("clean", "implicit", "repair"):
             raise ValueError(
-                f"scenario {text!r} does not exist; there are clean, poison:SHARE, implicit, repair"
+                f"scenario {text!r} does not exist; there are clean, poison:SHARE, implicit,"
+                " identity, identity:SHARE, repair"
             )
         return cls(name)
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.share:g}" if self.name == "poison" else self.name
+        return f"{self.name}:{self.share:g}" if self.name in SHARED else self.name
 
 
 def load_rows(source: str, fields: tuple[str, ...] = ("instruction",)) -> list[Row]:
@@ -101,12 +112,13 @@ class Sets:
     ``identify``: harmful prompts with refusals, for scoring; ``utility``: harmless ones with
     answers, for the arms that set safety against utility. ``task`` and ``poison``: for training.
     ``harmful`` (by name), ``harmless``, ``test``: for evaluation. ``text``: rows whose responses
-    give the general-text perplexity. ``poison`` may be empty unless the scenario is poison,
-    ``text`` and ``utility`` always.
+    give the general-text perplexity. ``refusals``: harmful prompts with refusals, at most 256, for
+    the arms that have them at hand while they train; no other arm sees them. ``poison`` may be
+    empty unless the scenario is poison, ``text``, ``utility`` and ``refusals`` always.
 
     Raises:
-        ValueError: an empty set, too few poison rows, or a text that stands in two of
-            identification, training and evaluation.
+        ValueError: an empty set, too few poison rows, too many refusals or one without a response,
+            or a text that stands in two of identification, training, evaluation and refusals.
     """
 
     scenario: Scenario
@@ -118,9 +130,10 @@ class Sets:
     poison: list[Row] = field(default_factory=list)
     text: list[Row] = field(default_factory=list)
     utility: list[Row] = field(default_factory=list)
+    refusals: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        optional = {"text", "utility"} | ({"poison"} - {self.scenario.name})
+        optional = {"text", "utility", "refusals"} | ({"poison"} - {self.scenario.name})
         for name, rows in self.named().items():
             if not rows and name not in optional:
                 raise ValueError(f"the set {name!r} is empty; give at least one row")
@@ -133,6 +146,11 @@ class Sets:
                 f"poison rows are given but the scenario is {self.scenario}; use poison:SHARE, or "
                 "leave them out"
             )
+        if len(self.refusals) > MOST or not all("response" in row for row in self.refusals):
+            raise ValueError(
+                f"refusals holds {len(self.refusals)} rows; give at most {MOST}, each with a"
+                " response: the league with a refusal set at hand has no more"
+            )
         self._require_disjoint()
         self.training(seed=0)  # too few poison rows must not come out after the scoring
 
@@ -141,7 +159,18 @@ class Sets:
         sets = {"identify": self.identify, "task": self.task, "poison": self.poison}
         sets |= {f"harmful/{name}": rows for name, rows in self.harmful.items()}
         sets |= {"harmless": self.harmless, "test": self.test, "text": self.text}
-        return sets | {"utility": self.utility}
+        if self.scenario.name == "identity":
+            sets["identity"] = identity.identity_rows()
+        return sets | {"utility": self.utility, "refusals": self.refusals}
+
+    def attacks(self) -> dict[str, list[Row]]:
+        """The prompts that measure attack success: the harmful sets, in identity also addressed."""
+        if self.scenario.name != "identity":
+            return self.harmful
+        to_agent = {
+            f"{name}, addressed": identity.addressed(rows) for name, rows in self.harmful.items()
+        }
+        return self.harmful | to_agent
 
     def describe(self) -> dict[str, dict[str, int | str]]:
         """Row count and sha256 of every set that is not empty."""
@@ -155,15 +184,18 @@ class Sets:
         }
 
     def training(self, seed: int) -> list[Row]:
-        """The task rows as the scenario changes them; ``seed`` draws the poison, for all arms."""
+        """The task rows as the scenario changes them; ``seed`` draws the others, for all arms."""
         if self.scenario.name == "poison":
             return poison(self.task, self.poison, self.scenario.share, seed)
         if self.scenario.name == "implicit":
             return implicit(self.task)
+        if self.scenario.name == "identity":
+            return mixed(self.task, identity.identity_rows(), self.scenario.share, seed)
         return self.task
 
     def _require_disjoint(self) -> None:
         purposes: dict[str, dict[str, list[Row]]] = {}
         for name, rows in self.named().items():
-            purposes.setdefault(PURPOSES.get(name, "evaluation"), {})[name] = rows
+            if rows:
+                purposes.setdefault(PURPOSES.get(name, "evaluation"), {})[name] = rows
         require_disjoint(purposes)

@@ -10,6 +10,8 @@ from safeopt.compare.scoring import METHODS
 from safeopt.train import TrainConfig
 
 OBJECTIVES = ("refusal_nll", "margin")
+SKILLS = ("accuracy", "tokens")
+READING = ("equal_skill", "skill")  # how finished curves are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +22,14 @@ class Settings:
     steps and at the end. ``weight_decay`` is 0 as in the ESI recipe. ``fraction`` of the scored
     weights is the reference mask, by which drift is split into critical and other weights in every
     arm alike. ``equal_skill`` is the share of plain AdamW's final skill at which the arms are read
-    beside each other. The scores are of ``method`` (see METHODS in scoring.py) and
+    beside each other; ``skill`` says what that is, higher = better: "accuracy", the share of test
+    rows whose greedy answer is right (labels; of GSM8K the final number), or "tokens", the share of
+    the test answers' tokens that the model finds likeliest, the right answer so far given (texts).
+    The scores are of ``method`` (see METHODS in scoring.py) and
     ``objective``, refusal_nll or margin. ``lora_rank`` above 0 trains LoRA adapters on the layers
     named in ``lora_targets`` instead of all weights, scaled by ``lora_alpha`` / ``lora_rank``.
-    ``direction_rank`` is that of the arms that hold or leave free a subspace.
+    ``direction_rank`` is that of the arms that hold or leave free a subspace. ``refusal_share`` of
+    the training rows are refusals in the arms that mix them in.
 
     Raises:
         ValueError: a number out of range.
@@ -47,6 +53,8 @@ class Settings:
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     direction_rank: int = 32
+    skill: Literal["accuracy", "tokens"] = "accuracy"
+    refusal_share: float = 0.1
 
     def __post_init__(self) -> None:
         self.train_config(seed=0)
@@ -68,7 +76,10 @@ class Settings:
                 f"lora_rank is {self.lora_rank} and lora_alpha {self.lora_alpha}; give a rank of 0"
                 " (all weights are trained) or more, and an alpha above 0"
             )
-        for name, allowed in (("method", METHODS), ("objective", OBJECTIVES)):
+        if not 0 < self.refusal_share < 1:
+            raise ValueError(f"refusal_share is {self.refusal_share}; it must be in (0, 1)")
+        known = {"method": METHODS, "objective": OBJECTIVES, "skill": SKILLS}
+        for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}"
@@ -80,8 +91,8 @@ class Settings:
         return step % self.eval_every == 0 or step == self.steps
 
     def for_run(self) -> dict[str, Any]:
-        """The settings that decide a run's numbers; another ``equal_skill`` needs no new run."""
-        given = {name: value for name, value in asdict(self).items() if name != "equal_skill"}
+        """The settings that decide a run's numbers; another reading of them needs no new run."""
+        given = {name: value for name, value in asdict(self).items() if name not in READING}
         return given | {"lora_targets": list(self.lora_targets)}  # as JSON will have it
 
     def train_config(self, seed: int) -> TrainConfig:

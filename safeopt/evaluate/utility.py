@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ def accuracy(
 
     Compared without case, extra white space, a final full stop, or a leading "Sure, the answer is:"
     on either side (so implicit data does not cost skill by its form). Where the response ends in
-    GSM8K's `#### number`, only what follows the last `####` is compared; give enough max_new_tokens
-    to reach it.
+    GSM8K's `#### number`, or in "The final answer is: number" as other copies of it do, only what
+    follows is compared; give enough max_new_tokens to reach it.
 
     Raises ValueError for no rows and for a row without a response.
     """
@@ -53,8 +54,37 @@ def perplexity(
     are read in float32 and summed in float64. Raises ValueError for no rows and for a row without a
     response.
     """
+    return answer_fit(
+        model, tokenizer, rows, batch_size=batch_size, max_length=max_length
+    ).perplexity
+
+
+@dataclass(frozen=True)
+class AnswerFit:
+    """How well a model foresees given answers, token by token, the answer so far given.
+
+    perplexity: as perplexity() returns it. tokens: those the model finds likeliest, of all; its
+    interval takes tokens as independent, which those of one answer are not.
+    """
+
+    perplexity: float
+    tokens: Proportion
+
+
+def answer_fit(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> AnswerFit:
+    """Perplexity and token accuracy of the given answers, eos included, in one pass.
+
+    Raises ValueError for no rows and for a row without a response.
+    """
     _with_responses(rows)
-    total, count = 0.0, 0
+    total, count, right = 0.0, 0, 0
     with evaluating(model):
         for batch in batches(tokenizer, rows, batch_size, max_length=max_length):
             labels = batch["labels"][:, 1:].to(model.device)
@@ -63,13 +93,13 @@ def perplexity(
                 attention_mask=batch["attention_mask"].to(model.device),
             ).logits[:, :-1]
             counted = labels != IGNORED
-            nll = torch.nn.functional.cross_entropy(
-                logits[counted].float(), labels[counted], reduction="none"
-            )
+            logits, labels = logits[counted].float(), labels[counted]
+            nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            right += int((logits.argmax(-1) == labels).sum())
             total += nll.double().sum().item()
             count += nll.numel()
     mean = total / count
-    return math.exp(mean) if mean < 700 else math.inf
+    return AnswerFit(math.exp(mean) if mean < 700 else math.inf, Proportion(right, count))
 
 
 def _with_responses(rows: Sequence[Row]) -> None:
@@ -84,4 +114,6 @@ def _with_responses(rows: Sequence[Row]) -> None:
 
 def _final(text: str) -> str:
     plain = " ".join(text.casefold().split()).removeprefix(SURE.casefold().strip())
-    return plain.rpartition("####")[2].strip().removesuffix(".")
+    for mark in ("####", "the final answer is:"):
+        plain = plain.rpartition(mark)[2].strip()
+    return plain.removesuffix(".")

@@ -9,6 +9,7 @@ from typing import Any
 from safeopt import artifact
 from safeopt.report.figures import equal_skill_curves, training_curves
 from safeopt.report.ladder import ladder_figure, ladder_table
+from safeopt.report.matched import early_stop, same_drift
 from safeopt.report.pareto import ParetoPoint, pareto
 from safeopt.report.pareto_figure import pareto_figure, pareto_figures
 from safeopt.report.recommend import Recommendation, recommend, recommendations
@@ -21,6 +22,7 @@ from safeopt.report.verdict import verdict
 __all__ = [
     "ParetoPoint",
     "Recommendation",
+    "early_stop",
     "equal_skill_curves",
     "ladder_figure",
     "ladder_table",
@@ -32,6 +34,7 @@ __all__ = [
     "recommend",
     "recommendation_text",
     "recommendations",
+    "same_drift",
     "summarise",
     "training_curves",
     "verdict",
@@ -54,9 +57,9 @@ def write(results: dict[str, Any], out: str | Path) -> list[Path]:
     out = Path(out)
     summary, found = summarise(results), verdict(results)
     files = [out / name for name in FILES]
-    _write_text(
-        files[0], json.dumps({**results, "summary": summary, "verdict": found}, indent=1) + "\n"
-    )
+    read = {"summary": summary, "verdict": found}
+    read |= {"early_stop": early_stop(results), "same_drift": same_drift(results)}
+    _write_text(files[0], json.dumps({**results, **read}, indent=1) + "\n")
     advice = "\n\n".join(_as_markdown(one) for one in recommendations([results]))
     _write_text(files[1], markdown(results, summary, f"{found}\n\n{advice}"))
     try:

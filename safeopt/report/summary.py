@@ -20,13 +20,15 @@ def runs_of(results: dict[str, Any], arm: str) -> list[Run]:
 
 def skill_name(results: dict[str, Any]) -> str:
     """What the arms learn: the task, or, when an unaligned model is repaired, to refuse."""
-    return "refusal rate" if results["scenario"] == "repair" else "task accuracy"
+    if results["scenario"] == "repair":
+        return "refusal rate"
+    return "task token accuracy" if results.get("skill") == "tokens" else "task accuracy"
 
 
 def skill(results: dict[str, Any], point: Point) -> Proportion:
     """How well a point does what is learned; a refusal rate is over all harmful sets together."""
     if results["scenario"] != "repair":
-        return pooled([point["accuracy"]])
+        return pooled([point["tokens" if results.get("skill") == "tokens" else "accuracy"]])
     answered = pooled(list(point["attack"].values()))
     return Proportion(answered.n - answered.successes, answered.n)
 
@@ -58,26 +60,30 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the tables, as plain data.
 
     ``start`` is the model before training. ``equal_steps`` and ``equal_skill`` hold one row per
-    arm, see ``_row``; in the second a row counts the seeds that reached the skill ``level``, and
-    holds no numbers when none did.
+    arm, see ``row_of``; in the second a row counts the seeds that reached the skill ``level``, and
+    holds no numbers when none did. A row has its ``league``, where the results
+    know it.
     """
     wanted = level(results)
     equal_steps, equal_skill = {}, {}
     for arm in results["arms"]:
         runs = runs_of(results, arm)
-        equal_steps[arm] = _row([run["curve"][-1] for run in runs], len(runs)) | _cost(runs)
+        league = {key: runs[0][key] for key in ("league",) if key in runs[0]}
+        last = row_of([run["curve"][-1] for run in runs], len(runs))
+        equal_steps[arm] = league | last | _cost(runs)
         reached = [first_reaching(results, run, wanted) for run in runs]
-        equal_skill[arm] = _row([point for point in reached if point is not None], len(runs))
+        points = [point for point in reached if point is not None]
+        equal_skill[arm] = league | row_of(points, len(runs))
     return {
         "skill": skill_name(results),
         "level": wanted,
-        "start": _row([results["runs"][0]["curve"][0]], 1),
+        "start": row_of([results["runs"][0]["curve"][0]], 1),
         "equal_steps": equal_steps,
         "equal_skill": equal_skill,
     }
 
 
-def _row(points: list[Point], seeds: int) -> dict[str, Any]:
+def row_of(points: list[Point], seeds: int) -> dict[str, Any]:
     """Means over the points, and counts pooled over them: ``reached`` of ``seeds`` seeds."""
     row: dict[str, Any] = {"reached": len(points), "seeds": seeds}
     if not points:
@@ -89,8 +95,10 @@ def _row(points: list[Point], seeds: int) -> dict[str, Any]:
         "attack": {name: found.to_json() for name, found in attack.items()},
         "over_refusal": pooled([point["over_refusal"] for point in points]).to_json(),
         "accuracy": pooled([point["accuracy"] for point in points]).to_json(),
+        "tokens": _pooled_if_known([point.get("tokens") for point in points]),
         "perplexity": _mean([point["perplexity"] for point in points]),
         "text_perplexity": _mean([point["text_perplexity"] for point in points]),
+        "drift": _mean([point["drift"].get("all", {}).get("relative") for point in points]),
         "drift_critical": _mean([point["drift"]["critical"]["relative"] for point in points]),
         "drift_other": _mean([point["drift"]["other"]["relative"] for point in points]),
         "drift_across": _mean([point["drift"].get("across", {}).get("share") for point in points]),
@@ -106,6 +114,11 @@ def _cost(runs: list[Run]) -> dict[str, Any]:
         "device_bytes": max(run["memory"].get("device_bytes", 0) for run in runs) or None,
         "state_bytes": max(run["memory"]["optimizer_state_bytes"] for run in runs),
     }
+
+
+def _pooled_if_known(found: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    known = [each for each in found if each is not None]
+    return pooled(known).to_json() if len(known) == len(found) else None
 
 
 def _mean(values: list[float | None]) -> float | None:
