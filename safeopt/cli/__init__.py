@@ -20,6 +20,7 @@ from safeopt.cli import (
     inspect,
     layers,
     project,
+    report,
     score,
     select,
     train,
@@ -39,6 +40,7 @@ COMMANDS: dict[str, ModuleType] = {
     "direction": direction,
     "project": project,
     "compare": compare,
+    "report": report,
     "demo": demo,
     "env": env,
 }
