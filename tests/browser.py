@@ -7,10 +7,18 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+# Chromium reads from descriptor 3 and writes to 4; the pipes may have been given these numbers.
+START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD_CLOEXEC, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -27,7 +35,7 @@ class Browser:
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
         command = [
-            *("sh", "-c", f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}', program),
+            *(sys.executable, "-c", START, str(to_read), str(to_write), program),
             *("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"),
             *("--no-first-run", f"--user-data-dir={folder}", "--disable-dev-shm-usage"),
         ]
@@ -41,21 +49,20 @@ class Browser:
         self._last = 0
         self._session: str | None = None
         self.events: list[dict[str, Any]] = []
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.send(f"{domain}.enable")
 
     def __enter__(self) -> Browser:
+        try:
+            target = self.send("Target.createTarget", url="about:blank")["targetId"]
+            attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
+            self._session = attached["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.send(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for end in (self._read, self._write):
             os.close(end)
         self._process.kill()

@@ -121,7 +121,8 @@ def _about_run(
     task = load_rows(args.task, WITH_RESPONSE) if args.task else []
     named = {f"harmful/{name}": rows for name, rows in harmful.items()}
     named |= {"harmless": harmless, "task": task}
-    found["unseen"] = _unseen(record, named)
+    named = {name: rows for name, rows in named.items() if rows}
+    found["unseen"] = _unseen(record, named) if named else None
     mask = _mask(args, record, found)
     device = pick_device(args.device)
     before, _ = load_model(args.reference or record["arguments"]["model"])
@@ -141,7 +142,7 @@ def _about_run(
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
     )
-    found["sets"] = {name: described(rows) for name, rows in named.items() if rows}
+    found["sets"] = {name: described(rows) for name, rows in named.items()}
 
 
 def _unseen(record: dict[str, Any], evaluation: dict[str, list[Row]]) -> bool:

@@ -82,16 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from safeopt.integrations.transformers import load_model, save_model
     from safeopt.train import TrainConfig, train
 
-    out = Path(args.out)
-    if (out / "model").exists():
-        raise ValueError(
-            f"--out {out} already holds a model; name another folder or remove {out / 'model'}"
-        )
-    if args.anchor and not args.anchor_strength:
-        raise ValueError(
-            f"--anchor is {args.anchor} and --anchor-strength 0, so nothing would be drawn; give a"
-            " strength above 0, for example 1, or leave --anchor out"
-        )
+    out = _checked(args)
     config = TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -134,12 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         losses=losses,
         live=live,
         total=total,
-        state_bytes=sum(
-            value.nbytes
-            for state in optimizer.state.values()
-            for value in state.values()
-            if torch.is_tensor(value)
-        ),
+        state_bytes=_state_bytes(optimizer),
         timed={"steps": len(losses) - done, "seconds": record.seconds},
         trained=artifact.fingerprint(model),
     )
@@ -152,6 +138,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "live": live,
         "total": total,
     }
+
+
+def _checked(args: argparse.Namespace) -> Path:
+    out = Path(args.out)
+    if (out / "model").exists():
+        raise ValueError(
+            f"--out {out} already holds a model; name another folder or remove {out / 'model'}"
+        )
+    if args.anchor and not args.anchor_strength:
+        raise ValueError(
+            f"--anchor is {args.anchor} and --anchor-strength 0, so nothing would be drawn; give a"
+            " strength above 0, for example 1, or leave --anchor out"
+        )
+    return out
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if torch.is_tensor(value))
 
 
 def _watched(args: argparse.Namespace, rows: list[Row]) -> list[Row]:

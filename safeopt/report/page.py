@@ -32,7 +32,8 @@ def document(found: Mapping[str, Any]) -> list[Section]:
         found: plain data. "run": what `safeopt train` recorded, or None. "mask": None, or
             {"layout": `report.masks.layout`, "role": "freeze", "train" or None, "made": str,
             "file": str, "digest": str}. "measured": what `page_measure.measured` returned, or None.
-            "unseen": whether its prompts were found not to be among the training rows.
+            "unseen": whether its prompts were found not to be among the training rows; None without
+            prompts.
             "comparison": the results of a comparison, or None. "phrases": version and sha256.
 
     Raises:
@@ -84,6 +85,10 @@ def _provenance(found: Mapping[str, Any]) -> Section:
     said = [f"{name} {version}" for name, version in versions.items() if version]
     blocks.append(Text(f"Versions: {', '.join(said)}."))
     return Section("provenance", "Versions and hashes", blocks)
+
+
+def _table_of_hashes(what: str, rows: list[list[str]]) -> Table:
+    return Table(f"Hashes (SHA-256) of the {what}", ["what", "hash"], rows, words=True)
 
 
 def _hashes(found: Mapping[str, Any]) -> list[list[str]]:

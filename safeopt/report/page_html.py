@@ -71,7 +71,7 @@ def _table(table: Table) -> str:
         for first, *rest in table.rows
     )
     caption = _safe(table.caption)
-    kind = ' class="words"' if table.words else ""
+    kind = ' class="words"' if table.words else ' class="wide"' if len(table.header) > 4 else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table{kind}>'
         f"<caption>{caption}</caption><thead><tr>{header}</tr></thead><tbody>{rows}</tbody>"

@@ -115,10 +115,10 @@ def protected(run: Found, mask: Found | None) -> Section:
     return Section("protected", title, [Text(said), figure, Text(f"Made by: {mask['made']}.")])
 
 
-def cost(run: Found, found: Found | None, unseen: bool) -> Section:
+def cost(run: Found, found: Found | None, unseen: bool | None) -> Section:
     """Safety and skill before and after, and what training took."""
     blocks: list[Block] = []
-    if found is None:
+    if found is None or unseen is None:
         blocks.append(Text("Not measured: give --harmful, and --harmless and --task with it."))
     else:
         blocks += _rates(found)
@@ -183,9 +183,7 @@ def course(run: Found) -> Section:
                 f"First-token refusal margin, mean over {watched['rows']} prompts: the best logit"
                 " of a token that begins a refusal, less the best of all others. Below 0 a greedy"
                 " answer begins otherwise.",
-                Table(
-                    "Refusal margin", ["step", "nats"], [[f"{s}", f"{m:.3f}"] for s, m in points]
-                ),
+                Table("Refusal margin", ["step", "nats"], rows),
             )
         )
     else:

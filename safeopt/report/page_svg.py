@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from safeopt.report.page_blocks import plain
+
 # Narrow, so that the text is still readable where a phone shows the whole width.
 WIDTH = 400
 LEFT, RIGHT, TOP = 46, 12, 10
@@ -193,9 +195,8 @@ def _svg(width: float, height: float, parts: Sequence[str]) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "label") -> str:
-    return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-    )
+    at = f'class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f"<text {at}>{escape(plain(text))}</text>"
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
