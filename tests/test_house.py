@@ -59,9 +59,9 @@ ALLOWED = {
     " penalty sharding weights",
     "compare": "artifact controller data direction environment evaluate integrations mask methods"
     " names optim organism scores selection train units",
-    "report": "artifact compare evaluate mask methods names",
-    "cli": "_version artifact compare data direction environment evaluate integrations mask methods"
-    " ops optim organism report scores selection train units safeopt",
+    "report": "artifact compare data evaluate mask methods names",
+    "cli": "_version artifact checkpoint compare data direction environment evaluate integrations"
+    " mask methods ops optim organism report scores selection train units safeopt",
     "__main__": "cli",
     "__init__": "_version direction evaluate mask methods optim parametrize penalty scores"
     " selection",

@@ -134,3 +134,18 @@ def test_load_model_refuses_a_tokenizer_with_more_tokens_than_the_model(folder, 
     make_llama(vocab_size=len(tiny_tokenizer) - 1).save_pretrained(folder)
     with pytest.raises(ValueError, match="they do not belong together"):
         load_model(folder)
+
+
+def test_code_of_a_folder_is_not_run(tmp_path, monkeypatch):
+    """Not even when somebody, or a pipe, says yes to transformers' question."""
+    ran = tmp_path / "ran"
+    auto = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}
+    config = {"model_type": "own", "auto_map": auto, "architectures": ["OwnForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = "from transformers import PretrainedConfig\n\n\nclass Own(PretrainedConfig):\n    pass\n"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n{code}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    with pytest.raises(ValueError, match="names no model known here"):
+        load_model(tmp_path)
+    assert not ran.exists()

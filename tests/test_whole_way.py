@@ -88,6 +88,7 @@ def test_packages_hold_everything(packages: Path) -> None:
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "safeopt").rglob("*.py")}
     data = {"advbench.jsonl", "circuit_breakers.jsonl", "gsm8k.jsonl", "words.json", "NOTICE.md"}
     ours |= {f"safeopt/organism/data/{name}" for name in data} | {"safeopt/py.typed"}
+    ours |= {"safeopt/report/page.html"}
     for name in organism.MODELS:
         folder = f"safeopt/organism/weights/{name}"
         ours |= {f"{folder}/{file}" for file in ("config.json", "model.safetensors", "README.md")}

@@ -21,6 +21,7 @@ from safeopt.cli import (
     layers,
     project,
     recommend,
+    report,
     score,
     select,
     train,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, ModuleType] = {
     "project": project,
     "compare": compare,
     "recommend": recommend,
+    "report": report,
     "demo": demo,
     "env": env,
 }

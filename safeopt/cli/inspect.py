@@ -69,7 +69,8 @@ def text(result: dict[str, Any]) -> str:
         )
         parts.append(
             f"{name}: {total['selected']:,} of {total['total']:,} elements selected"
-            f" ({total['density']:.4%}); {bits}\n{_made(mask['manifest'])}\n\n{density_table(mask)}"
+            f" ({total['density']:.4%}); {bits}\n"
+            f"made by: {made(mask['manifest'])}\n\n{density_table(mask)}"
         )
     if result["stability"]:
         parts.append(stability_table(result["stability"]))
@@ -101,12 +102,13 @@ def _bits(mask: SafetyMask) -> dict[str, dict[str, int]]:
     return {kind: dict(row) for kind, row in rows.items()}
 
 
-def _made(manifest: dict[str, Any]) -> str:
+def made(manifest: dict[str, Any]) -> str:
+    """How a mask was made: method, arguments, model."""
     arguments = manifest.get("arguments", {})
     said = [f"{key} {value}" for key, value in arguments.items() if not _nested(value)]
     model = (manifest.get("model") or {}).get("weights")
     said += [f"model weights {model[:12]}"] if model else []
-    return f"made by: {', '.join([_method(manifest), *said])}"
+    return ", ".join([_method(manifest), *said])
 
 
 def _nested(value: Any) -> bool:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from safeopt import artifact, checkpoint
 from safeopt.cli.options import ROWS, WITH_RESPONSE, add_model, add_number
+from safeopt.cli.record import Record
 from safeopt.compare.sets import load_rows
+from safeopt.data import Row, require_disjoint
 from safeopt.direction import AlignmentDirection
 from safeopt.environment import pick_device
 from safeopt.mask import SafetyMask
@@ -62,8 +66,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "warmup-steps", 0, "steps of linear warm-up")
     add_number(parser, "seed", 0, "order of the rows")
     add_number(parser, "save-every", 0, "steps between checkpoints; 0: at the end only")
+    parser.add_argument(
+        "--watch", metavar="ROWS",
+        help="harmful prompts with refusals, not trained on: record the refusal margin on the way",
+    )  # fmt: skip
+    add_number(parser, "watch-every", 10, "with --watch: steps between two measurements")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in OUT")
-    parser.add_argument("--out", required=True, metavar="DIR", help="gets model/ and checkpoint/")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="gets model/, checkpoint/ and train.json"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -71,16 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from safeopt.integrations.transformers import load_model, save_model
     from safeopt.train import TrainConfig, train
 
-    out = Path(args.out)
-    if (out / "model").exists():
-        raise ValueError(
-            f"--out {out} already holds a model; name another folder or remove {out / 'model'}"
-        )
-    if args.anchor and not args.anchor_strength:
-        raise ValueError(
-            f"--anchor is {args.anchor} and --anchor-strength 0, so nothing would be drawn; give a"
-            " strength above 0, for example 1, or leave --anchor out"
-        )
+    out = _checked(args)
     config = TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -91,15 +93,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         save_every=args.save_every,
     )
     rows = load_rows(args.data, WITH_RESPONSE)
+    watched = _watched(args, rows)
     freeze, only = (SafetyMask.load(path) if path else None for path in (args.freeze, args.train))
     model, tokenizer = load_model(args.model)
     for mask in (freeze, only):
         if mask is not None:
             mask.check(model)
-    model.to(pick_device(args.device))
+    device = pick_device(args.device)
+    model.to(device)
+    record = Record(args, model, rows, freeze if freeze is not None else only, device)
     optimizer = _optimizer(model, args, freeze=freeze, train=only)
     if freeze is not None and whole_names(freeze):
         freeze_whole(model, freeze)
+    on_step = record.watcher(model, tokenizer, watched, args) if watched else None
+    since = time.perf_counter()
+    done = _steps_done(out) if args.resume else 0
     losses = train(
         model,
         tokenizer,
@@ -108,9 +116,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         config,
         checkpoint_dir=out / "checkpoint",
         resume=args.resume,
+        on_step=on_step,
     )
+    record.seconds += time.perf_counter() - since
     save_model(model, tokenizer, out / "model")
     live, total = optimizer.live_count()
+    record.write(
+        losses=losses,
+        live=live,
+        total=total,
+        state_bytes=_state_bytes(optimizer),
+        timed={"steps": len(losses) - done, "seconds": record.seconds},
+        trained=artifact.fingerprint(model),
+    )
     return {
         "out": str(out / "model"),
         "steps": len(losses),
@@ -120,6 +138,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "live": live,
         "total": total,
     }
+
+
+def _checked(args: argparse.Namespace) -> Path:
+    out = Path(args.out)
+    if (out / "model").exists():
+        raise ValueError(
+            f"--out {out} already holds a model; name another folder or remove {out / 'model'}"
+        )
+    if args.anchor and not args.anchor_strength:
+        raise ValueError(
+            f"--anchor is {args.anchor} and --anchor-strength 0, so nothing would be drawn; give a"
+            " strength above 0, for example 1, or leave --anchor out"
+        )
+    return out
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if torch.is_tensor(value))
+
+
+def _watched(args: argparse.Namespace, rows: list[Row]) -> list[Row]:
+    if not args.watch:
+        return []
+    if args.watch_every < 1:
+        raise ValueError(f"--watch-every is {args.watch_every}; it must be at least 1")
+    watched = load_rows(args.watch, WITH_RESPONSE)
+    require_disjoint({"training": {args.data: rows}, "watching": {args.watch: watched}})
+    return watched
+
+
+def _steps_done(out: Path) -> int:
+    newest = checkpoint.newest(out / "checkpoint")
+    return 0 if newest is None else int(newest.name.removeprefix("step-"))
 
 
 def _optimizer(model: torch.nn.Module, args: argparse.Namespace, **masks: Any) -> SafeAdamW:

@@ -32,7 +32,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[An
         ) from error
     folder = _folder(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(
             f"path {folder}: config.json names no model known here ({error})"
