@@ -22,10 +22,9 @@ from safeopt.environment import pick_device
 from safeopt.evaluate.refusal import PHRASES_VERSION, phrases_hash
 from safeopt.mask import SafetyMask
 
-EXAMPLE = """\
-  safeopt report tuned --harmful harmful.jsonl --harmless harmless.jsonl --task test.jsonl
-  safeopt report tuned --harmful harmful.jsonl --model-card tuned/model/README.md
-  safeopt report results --html results/report.html"""
+EXAMPLE = (
+    "  safeopt report tuned --harmful harmful.jsonl --harmless harmless.jsonl --task test.jsonl"
+)
 RESULTS = "results.json"
 PAGE = "report.html"
 
