@@ -168,6 +168,16 @@ def test_wrong_settings_are_refused(classifier, guard, tmp_path):
         GuardJudge(guard).rate(PROMPTS, ["a"])
 
 
+def test_a_chat_template_that_cannot_be_filled_is_told_at_once(guard, tmp_path):
+    """As that of a guard which wants its policy as an argument."""
+    shutil.copytree(guard, tmp_path / "own")
+    (tmp_path / "own/chat_template.jinja").write_text("{{ raise_exception('no guideline') }}")
+    with pytest.raises(ValueError, match=r"cannot be filled .*\(no guideline\); pass template="):
+        GuardJudge(tmp_path / "own")
+    judge = GuardJudge(tmp_path / "own", template="{prompt} {response}")
+    assert judge.arguments()["chat_template"] is None
+
+
 def test_labels_named_unsafe_or_safe_need_not_be_given(tmp_path, word_tokenizer):
     for i, labels in enumerate(({0: "UNSAFE", 1: "other"}, {0: "bad", 1: "Safe"})):
         model = make_classifier(word_tokenizer, id2label=labels, label2id=None)

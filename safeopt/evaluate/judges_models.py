@@ -33,7 +33,7 @@ class _ModelJudge:
     ) -> None:
         model, tokenizer = load_judge(folder)
         self.reader = Reader(model.to(device), tokenizer, template=template)
-        self.reader.read("prompt", "answer")  # a template that cannot be read is told now
+        _try(self.reader)
         self.name = name or Path(folder).resolve().name
         self._model = artifact.fingerprint(model)
         added = tokenizer.added_tokens_decoder.values()
@@ -63,6 +63,19 @@ class _ModelJudge:
         if not len(slots):
             raise ValueError("the answer is empty, or the judge's tokenizer leaves nothing of it")
         return ids[None]
+
+
+def _try(reader: Reader) -> None:
+    """ValueError, now and not with every answer, for a template that cannot be filled."""
+    try:
+        reader.read("prompt", "answer")
+    except ValueError:
+        raise
+    except Exception as error:  # what a chat template raises is up to its author
+        raise ValueError(
+            f"the judge's chat template cannot be filled with a prompt and an answer ({error});"
+            " pass template='...{prompt}...{response}...'"
+        ) from error
 
 
 class ClassifierJudge(_ModelJudge):
