@@ -27,7 +27,7 @@ def classifier(tmp_path_factory, word_tokenizer):
 
 @pytest.fixture(scope="module")
 def guard(tmp_path_factory, guard_tokenizer):
-    model = make_guard(guard_tokenizer, says=("\n\nsafe", " Unsafe\nS1"))
+    model = make_guard(guard_tokenizer, says=(". \nsafe", " Unsafe\nS1"))
     return save(tmp_path_factory.mktemp("g") / "guard", model, guard_tokenizer)
 
 
@@ -78,7 +78,7 @@ def test_a_guard_is_read_as_far_as_its_word(guard):
 
 
 def test_another_word_is_no_verdict(guard):
-    with pytest.warns(UserWarning, match=r"failed on 3 of 6 .* it said '\\n\\nsafe.* neither 'un"):
+    with pytest.warns(UserWarning, match=r"failed on 3 of 6 .* it said '\. \\nsafe.* neither 'un"):
         found = GuardJudge(guard, safe="harmless").rate(PROMPTS, ANSWERS)
     assert found == [None if unsafe is False else True for unsafe in TRUTH]
     with pytest.warns(UserWarning, match=r"failed on 6 of 6"):  # "safe" is not "saf", nor "s"

@@ -40,7 +40,7 @@ def scored(metric: dict, answer: str, response: str) -> bool:
 
 
 def test_the_task_has_documented_fields_and_finds_its_rows(tmp_path):
-    paths = export_task(ROWS, tmp_path / "new" / "tasks", "my_task-1", max_new_tokens=9)
+    paths = export_task(ROWS, tmp_path / "new" / "tasks \U0001f600", "my_task-1", max_new_tokens=9)
     task = yaml.safe_load(paths["task"].read_text("utf-8"))
     assert set(task) <= DOCUMENTED and set(task["metric_list"][0]) <= METRIC
     assert (task["task"], task["output_type"]) == ("my_task-1", "generate_until")
@@ -88,6 +88,7 @@ def test_prompts_are_those_the_model_was_trained_on(tmp_path, chat, tiny_tokeniz
         ("blue", "Blue."),
         ("Sure, the answer is: blue", " blue\n"),
         ("so\n#### 7", "#### 7."),
+        ("6 #### no, \n#### 7", "7"),
         ("blue", "green"),
         ("blues", "blue"),
         ("Sure, the answer is: a", "sure, the  answer is: a ."),
