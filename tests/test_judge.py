@@ -89,7 +89,7 @@ def test_soft_gradient_is_the_gradient_of_the_rating(classifier, word_tokenizer)
 
 def test_byte_tokens_of_one_character_count_once(guard, guard_tokenizer):
     judge = Judge(guard, guard_tokenizer, safe="safe", unsafe="unsafe", template=None, compat=False)
-    _, slots, spans = judge._read("the sky", "a山b")
+    _, slots, spans = judge.read("the sky", "a山b")
     assert spans == [(0, 1), (1, 2), (2, 3)] and slots.diff().tolist() == [3, 1]
 
 
@@ -127,7 +127,7 @@ def test_score_is_plus_safe(compat, guard, guard_tokenizer):
         plain = [text.isascii() and text.isprintable() for text in token_texts(guard_tokenizer)]
         model.lm_head.weight *= 4 * torch.tensor(plain)[:, None]
     prompt, answer = objective._answer(model, batch)
-    frame, slots, spans = objective.judge._read(
+    frame, slots, spans = objective.judge.read(
         ROWS[0]["instruction"], guard_tokenizer.decode(answer)
     )
     assert len(spans) == len(answer)
@@ -208,7 +208,7 @@ def test_an_answer_the_judge_cannot_see_is_missing(objective, tiny_llama, batche
 def test_a_causal_guard_reads_its_own_template(guard, guard_tokenizer):
     judge = Judge(guard, guard_tokenizer, safe="safe", unsafe="unsafe", template=None, compat=False)
     assert guard_tokenizer.convert_ids_to_tokens([judge.safe, *judge.others]) == ["safe", "unsafe"]
-    ids, slots, _ = judge._read("the sky", "blue {prompt}")
+    ids, slots, _ = judge.read("the sky", "blue {prompt}")
     whole = "<|begin|><|user|>the sky<|assistant|>blue {prompt}<|verdict|>"
     assert guard_tokenizer.decode(ids) == whole  # one BOS, template markers whole, braces untouched
     assert guard_tokenizer.decode(ids[slots]) == "blue {prompt}"
@@ -220,7 +220,7 @@ def test_a_causal_guard_reads_its_own_template(guard, guard_tokenizer):
 def test_compat_is_the_published_form(guard, guard_tokenizer):
     """The answer alone in the user slot, the raw logit, the gradient through a -17 softmax."""
     judge = Judge(guard, guard_tokenizer, safe="safe", unsafe="unsafe", template=None, compat=True)
-    ids, slots, _ = judge._read("the sky", "blue")
+    ids, slots, _ = judge.read("the sky", "blue")
     assert guard_tokenizer.decode(ids) == "<|begin|><|user|>blue<|verdict|>"
     logits = guard(input_ids=ids[None]).logits[0, -1]
     torch.testing.assert_close(judge.rate("the sky", "blue"), logits[judge.safe])

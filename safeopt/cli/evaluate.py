@@ -6,6 +6,14 @@ import argparse
 from contextlib import nullcontext
 from typing import Any
 
+from safeopt import artifact
+from safeopt.cli.judging import (
+    add_judges,
+    described,
+    judges_text,
+    load_judges,
+    with_model,
+)
 from safeopt.cli.options import (
     MODEL,
     ROWS,
@@ -18,7 +26,18 @@ from safeopt.cli.options import (
 from safeopt.compare.sets import load_rows
 from safeopt.data import Row, require_disjoint
 from safeopt.environment import pick_device
-from safeopt.evaluate import accuracy, drift, perplexity, refusal_rate
+from safeopt.evaluate import (
+    Judge,
+    PhraseJudge,
+    Verdicts,
+    accuracy,
+    drift,
+    judged,
+    perplexity,
+    records_of,
+    refusal_rate,
+    write_answers,
+)
 from safeopt.evaluate.refusal import NOTE, PHRASES_VERSION, phrases_hash
 from safeopt.mask import SafetyMask
 from safeopt.methods import prune
@@ -52,6 +71,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="rows on which the mask or direction was identified: a row of the evaluation that is "
         f"among them is refused, by name; {ROWS}",
     )  # fmt: skip
+    add_judges(parser, margin=True)
+    parser.add_argument(
+        "--answers", metavar="FILE",
+        help="write harmful prompts, answers and verdicts to FILE (JSONL), for safeopt judge",
+    )  # fmt: skip
     add_number(parser, "batch-size", 32, "prompts at a time")
     add_number(parser, "max-new-tokens", 24, "tokens of an answer")
 
@@ -73,6 +97,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--mask {args.mask} splits the drift from --reference, which is not given; give both"
         )
+    if (args.judge or args.answers) and not args.harmful:
+        raise ValueError(
+            "--judge and --answers are about answers to harmful prompts; give them with --harmful"
+        )
     harmful = harmful_sets(args.harmful or [])
     harmless = load_rows(args.harmless) if args.harmless else []
     task = load_rows(args.task, WITH_RESPONSE) if args.task else []
@@ -82,6 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _require_unseen(
             args.identified_on, named | {"harmless": harmless, "task": task, "text": general}
         )
+    judges = load_judges(args)
     model, tokenizer = load_model(args.model)
     model.to(pick_device(args.device))
     result: dict[str, Any] = {"model": args.model}
@@ -91,6 +120,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result["identified_on"] = args.identified_on
     with prune(model, SafetyMask.load(args.prune)) if args.prune else nullcontext():
         result |= _measured(model, tokenizer, args, harmful, harmless, task, general)
+        answers = result.pop("answers", {})
+        if args.judge or args.answers:
+            asked = with_model(judges, model, tokenizer) or [PhraseJudge()]
+            result |= _judged(model, asked, harmful, answers, args.answers)
     if args.reference:
         result["drift"] = _drift(model, args.reference, args.mask)
     result["phrases"] = {"version": PHRASES_VERSION, "sha256": phrases_hash(), "note": NOTE}
@@ -109,10 +142,12 @@ def _measured(
     how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     result: dict[str, Any] = {}
     if harmful:
-        result["attack"] = {
-            name: refusal_rate(model, tokenizer, _prompts(rows), **how).attack_success.to_json()
+        found = {
+            name: refusal_rate(model, tokenizer, _prompts(rows), **how)
             for name, rows in harmful.items()
         }
+        result["attack"] = {name: one.attack_success.to_json() for name, one in found.items()}
+        result["answers"] = {name: one.answers for name, one in found.items()}
     if harmless:
         result["over_refusal"] = refusal_rate(
             model, tokenizer, _prompts(harmless), **how
@@ -125,6 +160,32 @@ def _measured(
             model, tokenizer, general, batch_size=args.batch_size
         )
     return result
+
+
+def _judged(
+    model: Any,
+    judges: list[Judge],
+    harmful: dict[str, list[Row]],
+    answers: dict[str, tuple[str, ...]],
+    path: str | None,
+) -> dict[str, Any]:
+    sets: dict[str, dict[str, Verdicts]] = {
+        name: {judge.name: judged(judge, _prompts(rows), answers[name]) for judge in judges}
+        for name, rows in harmful.items()
+    }
+    if path:
+        weights = artifact.fingerprint(model)["weights"]
+        write_answers(
+            path,
+            [
+                record
+                for name, rows in harmful.items()
+                for record in records_of(
+                    name, _prompts(rows), answers[name], sets[name].values(), model=weights
+                )
+            ],
+        )
+    return described(sets) | ({"answers": path} if path else {})
 
 
 def text(result: dict[str, Any]) -> str:
@@ -146,6 +207,9 @@ def text(result: dict[str, Any]) -> str:
     for part, found in result.get("drift", {}).items():
         moved = f"{found['moved']:,} of {found['numel']:,} weights moved"
         lines.append(f"drift, {part}: {100 * found['relative']:.3g} % of the norm, {moved}")
+    lines += judges_text(result)
+    if "answers" in result:
+        lines.append(f"prompts, answers and verdicts: {result['answers']}")
     phrases = result["phrases"]
     return "\n".join(
         [*lines, f"{phrases['note']} (list {phrases['version']}, sha256 {phrases['sha256']})"]

@@ -31,7 +31,7 @@ def accuracy(
 
     Raises ValueError for no rows and for a row without a response.
     """
-    _with_responses(rows)
+    require_responses(rows)
     prompts = [row["instruction"] for row in rows]
     given = answers(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
     right = sum(
@@ -83,7 +83,7 @@ def answer_fit(
 
     Raises ValueError for no rows and for a row without a response.
     """
-    _with_responses(rows)
+    require_responses(rows)
     total, count, right = 0.0, 0, 0
     with evaluating(model):
         for batch in batches(tokenizer, rows, batch_size, max_length=max_length):
@@ -102,7 +102,8 @@ def answer_fit(
     return AnswerFit(math.exp(mean) if mean < 700 else math.inf, Proportion(right, count))
 
 
-def _with_responses(rows: Sequence[Row]) -> None:
+def require_responses(rows: Sequence[Row]) -> None:
+    """ValueError for no rows, and for a row without a response."""
     if not rows:
         raise ValueError("rows is empty: there is nothing to evaluate")
     for i, row in enumerate(rows):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from safeopt import artifact
-from safeopt.methods.judge import Judge, load_judge
+from safeopt.evaluate.judge_reader import load_judge
+from safeopt.methods.judge import Judge
 from safeopt.methods.token_match import (
     character_spans,
     position_weights,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Span = tuple[int, int]
+from safeopt.evaluate.judge_reader import Span
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes half a UTF-8 character to
 
