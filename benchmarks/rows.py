@@ -75,10 +75,13 @@ def task_rows(task: str, folder: Path) -> tuple[list[Row], list[Row]]:
     return train, test
 
 
-def at_hand(folder: Path) -> list[Row]:
-    """256 harmful requests with refusals, for the arms that have them at hand."""
-    short = [row for row in refusals(folder)["identify"] if len(row["instruction"]) <= LONGEST]
-    return short[:256]
+def at_hand() -> list[Row]:
+    """256 harmful requests with refusals in the organism's own words, for the arms that have them.
+
+    They are of the part "identify" of `refusals`, which nothing else here reads.
+    """
+    rows = organism.data("harmful_teach_more")
+    return [row for row in rows if len(row["instruction"]) <= LONGEST][:256]
 
 
 def short_sets(setting: str, folder: Path, task: str = "agnews", **more: Any) -> Sets:

@@ -76,7 +76,7 @@ def main() -> None:
         args.data,
         task,
         utility=rows.utility(),
-        refusals=rows.at_hand(args.data),
+        refusals=rows.at_hand(),
     )
     results = compare(
         "organism:aligned",

@@ -124,17 +124,20 @@ def test_the_skill_that_is_asked_for_is_read_and_named(tiny_folder: Path, tmp_pa
     """Another reading of the same runs: nothing is run again."""
 
     def go(skill: Any) -> Any:
-        settings = Settings(steps=2, eval_every=1, batch_size=2, max_new_tokens=1, skill=skill)
+        settings = Settings(
+            steps=10, eval_every=10, lr=1e-2, batch_size=4, max_new_tokens=1, skill=skill
+        )
         arms = ["adamw"]
         return compare(tiny_folder, make_sets(), arms, [0], tmp_path, settings, progress=False)
 
-    whole, tokens = report.summarise(go("accuracy")), go("tokens")
+    whole = report.summarise(go("accuracy"))
     times = [path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()]
+    tokens = go("tokens")
     read = report.summarise(tokens)
     assert [path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()] == times
     assert (whole["skill"], read["skill"]) == ("task accuracy", "task token accuracy")
     last = tokens["runs"][0]["curve"][-1]["tokens"]
-    assert last["n"] > 4  # tokens, not the four rows
+    assert last["n"] > 4 and last["rate"] > 0 == whole["level"]  # one token is no whole answer
     assert read["level"] == pytest.approx(0.95 * last["rate"])
     text = report.markdown(tokens, read, "")
     assert text.count("| task token accuracy |") == 2 and "finds\n  likeliest" in text

@@ -275,6 +275,8 @@ def test_a_comparison_of_both_leagues(tiny_folder: Path, tmp_path: Path) -> None
     probed = spent | {"refusals_at_hand": 12, "rows_beside": 48}  # two looks, two answers each
     assert runs["anchor-probe:0.5+mix:4"]["budget"] == probed
     assert [entry["step"] for entry in runs["anchor-probe:0.5+mix:4"]["controller"]] == [0, 5]
+    losses = {arm: run["curve"][-1]["loss"] for arm, run in runs.items()}
+    assert losses["mix:4"] != losses["adamw"]  # the mixture is what was trained on
     text = report.markdown(results, report.summarise(results), "")
     assert "| mix:4 | refusal set |" in text and "| anchor:0.5 | no safety data |" in text
     assert "30 % of all rows where they are mixed in" in text
