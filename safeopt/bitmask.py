@@ -237,10 +237,11 @@ def unpack(bits: Tensor, nbits: int) -> Tensor:
     if bits.device.type == "cpu":
         flat = np.unpackbits(bits.numpy(), count=nbits, bitorder="little")
         return torch.from_numpy(flat).view(torch.bool)
-    return _unpack_on_device(bits, nbits)
+    return unpack_on_device(bits, nbits)
 
 
-def _unpack_on_device(bits: Tensor, nbits: int) -> Tensor:
+def unpack_on_device(bits: Tensor, nbits: int) -> Tensor:
+    """As `unpack`, with torch alone, which compiles."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(1) >> shifts) & 1).reshape(-1)[:nbits].view(torch.bool)
 

@@ -91,7 +91,7 @@ def test_the_device_path_packs_as_the_cpu_path(numel: int) -> None:
     selected = torch.rand(numel) < 0.5
     bits = BitMask.from_bool(selected).bits
     assert torch.equal(bitmask._pack_on_device(selected), bits)
-    assert torch.equal(bitmask._unpack_on_device(bits, numel), selected)
+    assert torch.equal(bitmask.unpack_on_device(bits, numel), selected)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (8,), (9,), (37, 53), (3, 5, 7)], ids=str)

@@ -129,6 +129,21 @@ def test_a_checkpoint_of_another_mask_is_refused_on_every_rank(saved):
     spawn(run_another_mask, 2, str(saved[0]), timeout=90)
 
 
+def started_alone(folder, weights, state):
+    """Two steps in one process, a full checkpoint of each kind, two more; the models after them."""
+    expected = {}
+    for kind, make in KINDS.items():
+        model = llama()
+        optimizer = make(model)
+        train(model, optimizer, range(2))
+        optimizer.full_state = True
+        states = {"model": weights(model), "optimizer": state(model, optimizer)}
+        torch.save(states, folder / f"{kind}.pt")
+        train(model, optimizer, range(2, 4))
+        expected[kind] = model
+    return expected
+
+
 def run_on_from_one(rank, folder):
     found = {}
     for kind, make in KINDS.items():
@@ -145,19 +160,7 @@ def run_on_from_one(rank, folder):
 
 def test_a_run_of_one_process_goes_on_sharded(tmp_path):
     """With `full_state`, which expands what is compact where nothing is sharded."""
-    expected = {}
-    for kind, make in KINDS.items():
-        model = llama()
-        optimizer = make(model)
-        train(model, optimizer, range(2))
-        optimizer.full_state = True
-        states = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
-        }
-        torch.save(states, tmp_path / f"{kind}.pt")
-        train(model, optimizer, range(2, 4))
-        expected[kind] = model
+    expected = started_alone(tmp_path, get_model_state_dict, get_optimizer_state_dict)
     for found in spawn(run_on_from_one, 2, str(tmp_path)):
         for kind, model in expected.items():
             assert_trained_as(found[kind], model, kind)
@@ -179,16 +182,9 @@ def run_plain_state(rank, folder):
 
 def test_a_state_dict_of_torch_itself_goes_on_sharded(tmp_path):
     """Not through torch.distributed.checkpoint: every rank loads the whole and cuts its part."""
-    expected = {}
-    for kind, make in KINDS.items():
-        model = llama()
-        optimizer = make(model)
-        train(model, optimizer, range(2))
-        optimizer.full_state = True
-        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(states, tmp_path / f"{kind}.pt")
-        train(model, optimizer, range(2, 4))
-        expected[kind] = model
+    expected = started_alone(
+        tmp_path, lambda model: model.state_dict(), lambda model, optimizer: optimizer.state_dict()
+    )
     for found in spawn(run_plain_state, 2, str(tmp_path)):
         for kind, model in expected.items():
             assert_trained_as(found[kind], model, kind)

@@ -85,8 +85,8 @@ def _here(columns: list[list[Any]], found_inf: Tensor | None) -> list[list[Any]]
     if not any(is_sharded(p) for p in columns[0]):
         return columns
     kept = [i for i, moment in enumerate(columns[2]) if moment.numel()]
-    for i, step in enumerate(columns[5]):
-        if i not in kept:
+    for moment, step in zip(columns[2], columns[5], strict=True):
+        if not moment.numel():
             step.add_(1 if found_inf is None else 1 - found_inf.to(step.device, step.dtype))
     columns = [[column[i] for i in kept] if column else [] for column in columns]
     return [[local(t) for t in column] for column in columns[:2]] + columns[2:]

@@ -165,19 +165,21 @@ class OffDirection:
     def _pull_pair(self, pair: Pair, B: Tensor, A: Tensor, group: dict[str, Any]) -> None:
         """Note what moves the two, of sharded ones this rank's parts; A is small, and gathered."""
         operator = self._operator(pair.base, B, factor=True)
-        mine, whole = _whole(B, A)
+        B_here, A_whole = _whole(B, A)
         wide = torch.float64 if B.dtype == torch.float64 else torch.float32
-        mine, whole = mine.to(wide), whole.to(wide)
-        toward_B, toward_A = operator.gradient_lora(mine, whole, pair.scale)
+        B_here, A_whole = B_here.to(wide), A_whole.to(wide)
+        coupled = group["mode"] == "coupled"
+        if coupled or self._sums is not None:
+            toward_B, toward_A = operator.gradient_lora(B_here, A_whole, pair.scale)
         if self._sums is not None:
             # The penalty is quadratic in A: half the inner product with its gradient.
-            across, outer = (whole * toward_A).sum() / 2, add_up(mine.mT @ mine, B)
-            drift = (outer * (whole @ whole.mT)).sum() * pair.scale**2
+            across, outer = (A_whole * toward_A).sum() / 2, add_up(B_here.mT @ B_here, B)
+            drift = (outer * (A_whole @ A_whole.mT)).sum() * pair.scale**2
             self._note(group, across, drift)
-        if group["mode"] == "coupled":
+        if coupled:
             self._pulls[pair.A] = Pull(cut(toward_A, A), operator, group)
         else:
-            toward_B = operator.gradient(mine)
+            toward_B = operator.gradient(B_here)
         self._pulls[pair.B] = Pull(toward_B, operator, group)
 
     def _note(self, group: dict[str, Any], across: Tensor, drift: Tensor) -> None:

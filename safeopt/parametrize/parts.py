@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safeopt.bitmask import BitMask, _unpack_on_device
+from safeopt.bitmask import BitMask, unpack_on_device
 from safeopt.operators import Operator
 
 
@@ -199,7 +199,7 @@ def join(live: Tensor, frozen: Tensor, order: Tensor, dim: int) -> Tensor:
 
 def _spread(bits: Tensor, shape: torch.Size) -> Tensor:
     numel = shape.numel()
-    return _unpack_on_device(bits, numel).view(shape)  # `unpack` uses numpy on a CPU: no compiling
+    return unpack_on_device(bits, numel).view(shape)  # `unpack` uses numpy on a CPU: no compiling
 
 
 def _wide(tensor: Tensor) -> Tensor:

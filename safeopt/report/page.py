@@ -87,10 +87,6 @@ def _provenance(found: Mapping[str, Any]) -> Section:
     return Section("provenance", "Versions and hashes", blocks)
 
 
-def _table_of_hashes(what: str, rows: list[list[str]]) -> Table:
-    return Table(f"Hashes (SHA-256) of the {what}", ["what", "hash"], rows, words=True)
-
-
 def _hashes(found: Mapping[str, Any]) -> list[list[str]]:
     run, mask = found["run"], found["mask"]
     rows = [

@@ -8,6 +8,7 @@ from typing import Any
 
 from safeopt.report.page_blocks import Block, Bullets, Figure, Section, Table, Text, rate
 from safeopt.report.page_svg import lines
+from safeopt.report.pareto import dominates
 from safeopt.report.summary import level, pooled, runs_of, skill, skill_name, summarise
 from safeopt.report.verdict import verdict
 
@@ -44,13 +45,8 @@ def compared(results: Results) -> Section:
 
 def undominated(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """The names of (skill, harm) with no other that is as able and as safe, and better in one."""
-    return [
-        name
-        for name, (able, harm) in points.items()
-        if not any(
-            a >= able and h <= harm and (a, h) != (able, harm) for a, h in points.values()
-        )
-    ]  # fmt: skip
+    every = points.values()
+    return [n for n, mine in points.items() if not any(dominates(one, mine) for one in every)]
 
 
 def _figures(results: Results) -> list[Figure]:

@@ -142,13 +142,15 @@ def pareto(results: dict[str, Any]) -> list[ParetoPoint]:
     ]
 
 
+def dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether one (skill, harm) is as able and as safe as another, and better in one of them."""
+    return one != other and one[0] >= other[0] and one[1] <= other[1]
+
+
 def _dominated(point: ParetoPoint, points: list[ParetoPoint]) -> bool:
     rivals = [one for one in points if one.league == point.league or one.arm == BASELINE]
     mine = _place(point)
-    return any(
-        theirs != mine and theirs[0] >= mine[0] and theirs[1] <= mine[1]
-        for theirs in map(_place, rivals)
-    )
+    return any(dominates(theirs, mine) for theirs in map(_place, rivals))
 
 
 def _place(point: ParetoPoint) -> tuple[float, float]:
