@@ -87,12 +87,15 @@ def test_arms_are_read_at_the_first_step_with_the_common_skill() -> None:
 
 
 def test_verdict_does_not_take_slow_for_safe() -> None:
-    first, second = report.verdict(SLOW).split(" Read at equal skill ")
-    assert "attack success on one (0.0 % [0.0, 3.7] before) was 90.0 %" in first
-    assert "with spa:0.1: lower than adamw, lower than spa-random:0.1 (80.0 %" in first
-    assert "with set:0.1: lower than adamw, no control was run" in first
-    assert "with spa:0.1: no difference shown from adamw, lower than spa-random:0.1" in second
-    assert "not read with set:0.1, which never got there" in second
+    first, second = report.verdict(SLOW).split(" After 20 steps ")
+    assert first.startswith("Read at equal skill (task accuracy 72.0 %, which is 90 % of adamw's")
+    assert "attack success on one (0.0 % [0.0, 3.7] before training) was 20.0 %" in first
+    assert "with spa:0.1: no difference shown from adamw, lower than spa-random:0.1" in first
+    assert "not read with set:0.1, which never got there" in first
+    assert second.startswith("of clean training, which is no comparison at equal skill, ")
+    assert "attack success on one (0.0 % [0.0, 3.7] before) was 90.0 %" in second
+    assert "with spa:0.1: lower than adamw, lower than spa-random:0.1 (80.0 %" in second
+    assert "with set:0.1: lower than adamw, no control was run" in second
 
 
 def test_verdict_says_when_an_arm_is_worse() -> None:
@@ -120,15 +123,17 @@ def test_repair_is_read_at_equal_refusal() -> None:
     summary = report.summarise(results)
     assert summary["skill"] == "refusal rate"
     assert summary["level"] == pytest.approx(0.9 * 0.9)
-    second = report.verdict(results).split(" Read at equal skill ")[1]
-    assert "over-refusal of harmless prompts was 60.0 %" in second
-    assert "with set:0.1: lower than adamw" in second
+    first, second = report.verdict(results).split(" After 20 steps of repair training, ")
+    assert "over-refusal of harmless prompts (0.0 % [0.0, 3.7] before training) was 60.0 %" in first
+    assert "with set:0.1: lower than adamw" in first
+    assert "attack success on one (100.0 % [96.3, 100.0] before) was 10.0 %" in second
 
 
 def test_tables_have_every_arm_and_say_how_to_read_them() -> None:
     text = report.markdown(SLOW, report.summarise(SLOW), "The verdict.")
     for arm in SLOW["arms"]:
-        assert text.partition("## Against")[0].count(f"\n| {arm} |") == 2
+        for place in ("## At equal skill", "## At equal steps"):
+            assert text.partition(place)[2].partition("\n## ")[0].count(f"\n| {arm} |") == 1
     assert "| set:0.1 | 0 of 1 | not reached | - |" in text
     assert "| (before training) | - | 0.0 % [0.0, 3.7] |" in text
     assert "not a judge" in text
@@ -136,7 +141,8 @@ def test_tables_have_every_arm_and_say_how_to_read_them() -> None:
     assert "e" * 64 in text
     assert "covers\n  one run" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    for header in (tables[0], tables[7]):
+    assert text.index("## At equal skill") < text.index("## Against") < text.index("## At equal st")
+    for header in (line for line in tables if "over-refusal" in line):
         width = header.count("|")
         assert header.startswith("| arm |")
         assert sum(line.count("|") == width for line in tables) >= 6
@@ -154,7 +160,8 @@ def test_a_comparison_with_a_direction_shows_the_drift_across_it() -> None:
         for at, each in enumerate(run["curve"]):
             each["drift"] = {**DRIFT, "across": {"norm": 1.0, "share": share if at else 0.0}}
     text = report.tables.markdown(results, report.summarise(results), "")
-    header, _, *rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
+    steps = text.partition("## At equal steps")[2]
+    header, _, *rows = [line.split(" | ") for line in steps.splitlines() if line.startswith("|")]
     found = {row[0]: row[header.index("across C")] for row in rows[:3]}
     assert found == {"| (before training)": "0 %", "| adamw": "96.8 %", "| asft:1": "50 %"}
     assert "||V||_F is 3 on average and whose largest eigenvalue is 0.5" in text

@@ -174,9 +174,9 @@ def text(result: dict[str, Any]) -> str:
     summary = result["summary"]
     return "\n\n".join(
         [
-            f"At equal steps:\n{equal_steps(summary)}",
             f"At equal skill, {summary['skill']} {100 * summary['level']:.1f} %:\n"
             + equal_skill(summary),
+            "At equal steps, whatever skill each arm has there:\n" + equal_steps(summary),
             "\n".join(result["files"]),
             result["verdict"],
             *result["advice"],

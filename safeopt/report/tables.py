@@ -11,7 +11,7 @@ from safeopt.report.matched import AT_MOST, early_stop, same_drift
 
 
 def markdown(results: dict[str, Any], summary: dict[str, Any], verdict: str) -> str:
-    """The whole report: verdict, arms at equal steps and at equal skill, what was run."""
+    """The whole report: verdict, arms at equal skill, then at equal steps, what was run."""
     level, skill = 100 * summary["level"], summary["skill"]
     share = f"{100 * results['equal_skill']:g} % of adamw's at its last step"
     return "\n".join(
@@ -21,10 +21,6 @@ def markdown(results: dict[str, Any], summary: dict[str, Any], verdict: str) -> 
             "",
             verdict,
             "",
-            "## At equal steps",
-            "",
-            equal_steps(summary),
-            "",
             "## At equal skill",
             "",
             f"Each seed's first measured step with {skill} of at least {level:.1f} % ({share}).",
@@ -32,6 +28,13 @@ def markdown(results: dict[str, Any], summary: dict[str, Any], verdict: str) -> 
             equal_skill(summary),
             "",
             *_matched(results, summary),
+            "## At equal steps",
+            "",
+            "After the last step, with whatever skill each arm has there: an arm that learned less looks",
+            "safer than it is.",
+            "",
+            equal_steps(summary),
+            "",
             "## How to read it",
             "",
             *_notes(results),

@@ -9,25 +9,28 @@ from safeopt.report.summary import BASELINE, runs_of, summarise
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """The protected arms against AdamW and their controls, at equal steps and skill.
+    """The protected arms against AdamW and their controls, at equal skill; then at equal steps.
 
     Two arms differ only where their 95 % intervals do not overlap; else "no difference shown".
-    Attack success is that on the first harmful set; the tables hold the others.
+    Attack success is that on the first harmful set; the tables hold the others. The second sentence
+    says of itself that it compares nothing at equal skill: what learned less looks safer there.
     """
     summary = summarise(results)
     name = next(iter(summary["start"]["attack"]))
     repair = results["scenario"] == "repair"
-    steps = _sentence(results, summary["equal_steps"], lambda row: row["attack"][name])
-    first = (
-        f"After {results['settings']['steps']} steps of {results['scenario']} training, "
-        f"attack success on {name} ({_show(summary['start']['attack'][name])} before) was {steps}."
-    )
     what = "over-refusal of harmless prompts" if repair else f"attack success on {name}"
     pick = (lambda row: row["over_refusal"]) if repair else (lambda row: row["attack"][name])
-    skill = _sentence(results, summary["equal_skill"], pick)
-    second = (
+    first = (
         f"Read at equal skill ({summary['skill']} {100 * summary['level']:.1f} %, which is "
-        f"{100 * results['equal_skill']:g} % of adamw's at its last step), {what} was {skill}."
+        f"{100 * results['equal_skill']:g} % of adamw's at its last step), {what} "
+        f"({_show(pick(summary['start']))} before training) was "
+        f"{_sentence(results, summary['equal_skill'], pick)}."
+    )
+    second = (
+        f"After {results['settings']['steps']} steps of {results['scenario']} training, which is no"
+        f" comparison at equal skill, attack success on {name} "
+        f"({_show(summary['start']['attack'][name])} before) was "
+        f"{_sentence(results, summary['equal_steps'], lambda row: row['attack'][name])}."
     )
     return f"{first} {second}"
 
