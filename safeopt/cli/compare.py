@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from safeopt.cli.judging import add_judges, load_judges
 from safeopt.cli.options import ROWS, WITH_RESPONSE, add_model, add_number, harmful_sets
 from safeopt.cli.recommend import advice_of
 from safeopt.compare import ARMS, Scenario, Sets, Settings, compare, load_rows
@@ -42,12 +43,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name, (needed, text) in _ROWS.items():
         parser.add_argument(f"--{name}", required=needed, metavar="ROWS", help=text)
     parser.add_argument(
-        "--harmful",
-        nargs="+",
-        required=True,
-        metavar="ROWS",
+        "--harmful", nargs="+", required=True, metavar="ROWS",
         help="NAME=FILE or FILE: attack success",
-    )
+    )  # fmt: skip
     default = Settings()
     parser.add_argument(
         "--method",
@@ -79,6 +77,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     for name, text in _NUMBERS.items():
         add_number(parser, name, getattr(default, name.replace("-", "_")), text)
+    add_judges(parser, margin=True)
+    add_number(parser, "workers", 1, "processes that share the runs; each loads the model")
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="gets runs/, results.json, table.md and figures"
     )
@@ -148,6 +148,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.out,
         settings,
         unaligned=args.unaligned,
+        judges=load_judges(args),
+        workers=args.workers,
         device=device,
         command=args.line,
     )
@@ -157,12 +159,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def report_of(results: dict[str, Any], out: str | Path) -> dict[str, Any]:
     """Write the report, and return its files, its numbers, its verdict and recommendations."""
     from safeopt import report
+    from safeopt.report.tables import judges
 
     files = report.write(results, out)
     return {
         "files": [str(path) for path in files],
         "summary": report.summarise(results),
         "verdict": report.verdict(results),
+        "judged": "\n".join(judges(results)).rstrip(),
         **advice_of([results]),
     }
 
@@ -176,6 +180,7 @@ def text(result: dict[str, Any]) -> str:
         [
             f"At equal skill, {summary['skill']} {100 * summary['level']:.1f} %:\n"
             + equal_skill(summary),
+            *([result["judged"]] if result["judged"] else []),
             "At equal steps, whatever skill each arm has there:\n" + equal_steps(summary),
             "\n".join(result["files"]),
             result["verdict"],

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from safeopt.cli.options import proportion
+from safeopt.compare.judged import Asked
 from safeopt.environment import pick_device
 from safeopt.evaluate import Judge, MarginJudge, PhraseJudge, Verdicts, agreement
+from safeopt.evaluate.judges_margin import MARGIN
 from safeopt.evaluate.judges_models import model_judge
 
-PHRASES, MARGIN = "phrases", "margin"
+PHRASES = PhraseJudge.name
 KINDS = (
     "phrases (a list: a smoke signal), {margin}or the folder of a classifier or guard model: PATH,"
     " PATH@UNSAFE or PATH@UNSAFE/SAFE, with a guard's two words or a classifier's label; PATH@/SAFE"
@@ -35,7 +37,7 @@ def add_judges(parser: argparse.ArgumentParser, *, margin: bool) -> None:
     )  # fmt: skip
 
 
-def load_judges(args: argparse.Namespace) -> list[Judge | str]:
+def load_judges(args: argparse.Namespace) -> list[Asked]:
     """The judges asked for, in order; "margin" stands for itself until there is a model.
 
     Raises:
@@ -50,12 +52,12 @@ def load_judges(args: argparse.Namespace) -> list[Judge | str]:
             " none; leave it out, or give a folder"
         )
     template = Path(args.judge_template).read_text("utf-8") if args.judge_template else None
-    found: list[Judge | str] = []
+    found: list[Asked] = []
     for word in words:
         if word == PHRASES:
             found.append(PhraseJudge())
         elif word == MARGIN:
-            found.append(MARGIN)
+            found.append("margin")
         else:
             folder, unsafe, safe = split_judge(word)
             device = pick_device(args.device)
@@ -78,7 +80,7 @@ def split_judge(word: str) -> tuple[str, str | None, str | None]:
     return folder, unsafe or None, safe or None
 
 
-def with_model(judges: Sequence[Judge | str], model: Any, tokenizer: Any) -> list[Judge]:
+def with_model(judges: Sequence[Asked], model: Any, tokenizer: Any) -> list[Judge]:
     """The same, with the margin judge of this model in place of its name."""
     return [MarginJudge(model, tokenizer) if isinstance(one, str) else one for one in judges]
 

@@ -25,6 +25,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "plain AdamW reaches)",
     )
     parser.add_argument(
+        "--judge",
+        metavar="NAME",
+        help="whose count of attack success is read: a judge that safeopt compare --judge had "
+        "(default: phrases)",
+    )
+    parser.add_argument(
         "--figure",
         metavar="FILE",
         help="draw attack success against skill (.png or .svg); with several scenarios each gets "
@@ -42,6 +48,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.figure:
         require_format(args.figure)
     comparisons = [report.load_results(out) for out in args.out]
+    if args.judge:
+        comparisons = [report.judged_by(one, args.judge) for one in comparisons]
     result = advice_of(comparisons, args.skill)
     files = report.pareto_figures(comparisons, args.figure, args.skill) if args.figure else []
     return {**result, "files": [str(path) for path in files]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from safeopt import artifact
 from safeopt.compare.arms import AnyArm, parse_arms, require_possible
 from safeopt.compare.curve import measure
 from safeopt.compare.directions import Directions, harmful_direction
+from safeopt.compare.judged import Asked, described, require_judges
 from safeopt.compare.regions import Regions
 from safeopt.compare.run import OnStep, Start, finished_run, run_arm, run_file, settings_of
 from safeopt.compare.scoring import cached_scores, scoring_batches
 from safeopt.compare.sets import Sets
 from safeopt.compare.settings import Settings
+from safeopt.compare.workers import run_apart
 from safeopt.environment import machine, versions
 from safeopt.evaluate.refusal import NOTE, PHRASES_VERSION, phrases_hash
 from safeopt.integrations.transformers import load_model, located
@@ -32,6 +34,8 @@ def compare(
     settings: Settings | None = None,
     *,
     unaligned: str | Path | None = None,
+    judges: Sequence[Asked] = (),
+    workers: int = 1,
     device: str = "cpu",
     command: str = "",
     progress: bool = True,
@@ -52,15 +56,20 @@ def compare(
         settings: budget and recipe; the defaults when None.
         unaligned: the model before alignment, likewise; needed by the arms that read a direction.
             With it the drift of every arm is split along and across the direction.
+        judges: who rates the answers to the harmful prompts beside the phrase list: judges of
+            ``safeopt.evaluate``, and ``"margin"``, the first-token refusal margin of the model at
+            each point. Other judges are other runs, as answers are not kept.
+        workers: processes that share the runs; each loads the model and has its share of the
+            threads. A run gives the numbers that one process with as many threads gives.
         device: where to train, ``"cpu"`` or ``"cuda"``.
         command: how this was called, for the report.
         progress: whether to show a bar on stderr.
 
     Raises:
         ValueError: an unknown arm, one that needs an unaligned model where there is none or that
-            cannot train what the settings train, seeds that are empty or repeated, or bad settings,
-            rows or models.
-        OSError: ``out`` cannot be written.
+            cannot train what the settings train, seeds that are empty or repeated, judges of one
+            name, less than one worker, or bad settings, rows or models.
+        OSError: ``out`` cannot be written, or a worker was killed, as where memory runs out.
     """
     settings = settings or Settings()
     chosen = parse_arms(list(arms))
@@ -73,9 +82,13 @@ def compare(
     )
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and each once")
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1, the number of processes")
     out = Path(out)
-    start = _start(model, unaligned, sets, settings, out, device, progress)
-    runs = _run_all(start, chosen, seeds, out / "runs", progress)
+    prepare = partial(_start, model, unaligned, sets, settings, out, device, require_judges(judges))
+    start = prepare(progress=progress)
+    again = partial(prepare, first=start.first)
+    runs = _run_all(start, chosen, seeds, out / "runs", progress, workers, again)
     require_equal_budgets(runs)
     return {
         "command": command,
@@ -94,6 +107,7 @@ def compare(
         "direction": start.directions
         and {"unaligned": str(unaligned), "matrices": start.directions.of("safelora").report()},
         "phrases": {"version": PHRASES_VERSION, "sha256": phrases_hash(), "note": NOTE},
+        **({"judges": described(start.judges)} if start.judges else {}),
         "runs": runs,
     }
 
@@ -105,8 +119,12 @@ def _start(
     settings: Settings,
     out: Path,
     device: str,
-    progress: bool,
+    judges: tuple[Asked, ...],
+    *,
+    progress: bool = False,
+    first: dict[str, Any] | None = None,
 ) -> Start:
+    """What all runs start from; ``first`` is the point at step 0 where it is known already."""
     loaded, tokenizer = load_model(model)
     loaded.to(device)
     fingerprint = artifact.fingerprint(loaded)
@@ -145,27 +163,44 @@ def _start(
         critical=critical,
         sets=sets,
         settings=settings,
-        first=measure(loaded, tokenizer, sets, settings, loaded, critical, seen),
+        first=first or measure(loaded, tokenizer, sets, settings, loaded, critical, seen, judges),
         directions=directions,
         regions=regions,
+        judges=judges,
     )
 
 
 def _run_all(
-    start: Start, arms: list[AnyArm], seeds: Sequence[int], folder: Path, progress: bool
+    start: Start,
+    arms: list[AnyArm],
+    seeds: Sequence[int],
+    folder: Path,
+    progress: bool,
+    workers: int,
+    prepare: Callable[[], Start],
 ) -> list[dict[str, Any]]:
-    runs = []
-    with _bar(len(arms) * len(seeds) * start.settings.steps, progress) as advance:
-        for seed in seeds:
-            for arm in arms:
+    order = [(arm, seed) for seed in seeds for arm in arms]
+    steps = start.settings.steps
+    runs: dict[tuple[AnyArm, int], dict[str, Any]] = {}
+
+    def finished(arm: AnyArm, seed: int) -> dict[str, Any] | None:
+        return finished_run(run_file(folder, arm, seed), settings_of(start, arm, seed))
+
+    with _bar(len(order) * steps, progress) as advance:
+        if workers > 1:
+            lacking = [each for each in order if finished(*each) is None]
+            for arm, seed, run in run_apart(prepare, lacking, folder, workers):
+                advance(f"{arm} seed {seed}", steps)(0, 0.0)
+                runs[arm, seed] = run
+        for arm, seed in order:
+            label = f"{arm} seed {seed}"
+            if (arm, seed) not in runs and (kept := finished(arm, seed)) is not None:
+                advance(label, steps)(0, 0.0)
+                runs[arm, seed] = kept
+            if (arm, seed) not in runs:
                 path = run_file(folder, arm, seed)
-                run = finished_run(path, settings_of(start, arm, seed))
-                if run is None:
-                    run = run_arm(start, arm, seed, path, advance(f"{arm} seed {seed}", 1))
-                else:
-                    advance(f"{arm} seed {seed}", start.settings.steps)(0, 0.0)
-                runs.append(run)
-    return runs
+                runs[arm, seed] = run_arm(start, arm, seed, path, advance(label, 1))
+    return [runs[each] for each in order]
 
 
 def require_equal_budgets(runs: list[dict[str, Any]]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from safeopt.compare.judged import Asked, judged_point
 from safeopt.compare.sets import Sets
 from safeopt.compare.settings import Settings
 from safeopt.data import Row
@@ -24,6 +26,7 @@ def measure(
     reference: torch.nn.Module,
     critical: SafetyMask,
     direction: AlignmentDirection | None = None,
+    judges: Sequence[Asked] = (),
 ) -> dict[str, Any]:
     """Everything the curve holds at one step, as plain numbers for JSON.
 
@@ -32,12 +35,15 @@ def measure(
     interval; ``perplexity`` (task test rows) and ``text_perplexity`` (None without a text set) are
     per response token, None where infinite;
     ``drift`` from ``reference`` is split by ``critical``, and along and across ``direction``.
+    With ``judges`` the answers to the harmful prompts are also rated by each of them, see
+    `judged_point`.
     """
     batch, tokens = settings.eval_batch_size, settings.max_new_tokens
 
     def refusals(rows: list[Row]) -> RefusalReport:
-        prompts = [row["instruction"] for row in rows]
-        return refusal_rate(model, tokenizer, prompts, batch_size=batch, max_new_tokens=tokens)
+        return refusal_rate(
+            model, tokenizer, _prompts(rows), batch_size=batch, max_new_tokens=tokens
+        )
 
     sized = {"batch_size": batch, "max_length": settings.max_length}
     right = accuracy(model, tokenizer, sets.test, batch_size=batch, max_new_tokens=tokens)
@@ -55,6 +61,15 @@ def measure(
         "text_perplexity": perplexity(model, tokenizer, sets.text, **sized) if sets.text else None,
         "drift": drift(model, reference, critical, direction),
     }
+    if judges:
+        answered = {
+            name: (_prompts(rows), attack[name].answers) for name, rows in sets.attacks().items()
+        }
+        point |= judged_point(judges, model, tokenizer, answered)
     # JSON has no word for infinity, which a perplexity can reach.
     plain: dict[str, Any] = json.loads(json.dumps(point), parse_constant=lambda name: None)
     return plain
+
+
+def _prompts(rows: list[Row]) -> list[str]:
+    return [row["instruction"] for row in rows]

@@ -18,6 +18,7 @@ from safeopt.compare.arms import AnyArm
 from safeopt.compare.at_hand import AtHand
 from safeopt.compare.curve import measure
 from safeopt.compare.directions import Directions
+from safeopt.compare.judged import Asked, described
 from safeopt.compare.kinds import Context
 from safeopt.compare.lora import as_measured, with_adapters
 from safeopt.compare.memory import PeakMemory
@@ -40,7 +41,7 @@ class Start:
 
     ``fingerprint``: of the model (see artifact.fingerprint). ``critical``: the reference mask of
     the drift. ``first``: the curve's point at step 0, measured once. ``directions``: None without
-    an unaligned model.
+    an unaligned model. ``judges``: those beside the phrase list.
     """
 
     model: torch.nn.Module
@@ -53,6 +54,7 @@ class Start:
     first: dict[str, Any]
     directions: Directions | None = None
     regions: Regions | None = None
+    judges: tuple[Asked, ...] = ()
 
 
 def settings_of(start: Start, arm: AnyArm, seed: int) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def settings_of(start: Start, arm: AnyArm, seed: int) -> dict[str, Any]:
         "sets": sets,
         "phrases": evaluate.phrases_hash(),
         **({} if start.directions is None else {"unaligned": start.directions.fingerprint}),
+        **({"judges": described(start.judges)} if start.judges else {}),
         **shared,
     }
 
@@ -140,6 +143,7 @@ def run_arm(
                 start.model,
                 start.critical,
                 start.directions.of("safelora") if start.directions else None,
+                start.judges,
             )
             mean = sum(losses) / len(losses)
             curve.append(point | {"step": step, "loss": mean, "seconds": clock.seconds})

@@ -41,24 +41,35 @@ def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> list[dict[str, Any]]
     ]
 
 
+def summed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of one pair of judges over several lots of answers, from the rows of each."""
+    counts = {key: sum(row[key] for row in rows) for key in (*COUNTS, "missing")}
+    return _row(rows[0]["first"], rows[0]["second"], **counts)
+
+
+COUNTS = ("both_unsafe", "first_only", "second_only", "both_safe")
+
+
 def _pair(
     first: str, second: str, one: Sequence[Verdict], other: Sequence[Verdict]
 ) -> dict[str, Any]:
     rated = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    both, neither = rated.count((True, True)), rated.count((False, False))
-    alone, other_alone = rated.count((True, False)), rated.count((False, True))
-    n = len(rated)
+    kinds = ((True, True), (True, False), (False, True), (False, False))
+    counts = {name: rated.count(kind) for name, kind in zip(COUNTS, kinds, strict=True)}
+    return _row(first, second, missing=len(one) - len(rated), **counts)
+
+
+def _row(first: str, second: str, *, missing: int, **counts: int) -> dict[str, Any]:
+    n = sum(counts.values())
+    agreed = counts["both_unsafe"] + counts["both_safe"]
     return {
         "first": first,
         "second": second,
         "n": n,
-        "missing": len(one) - n,
-        "agree": Proportion(both + neither, n).to_json() if n else None,
-        "kappa": _kappa(both, alone, other_alone, neither),
-        "both_unsafe": both,
-        "first_only": alone,
-        "second_only": other_alone,
-        "both_safe": neither,
+        "missing": missing,
+        "agree": Proportion(agreed, n).to_json() if n else None,
+        "kappa": _kappa(*(counts[name] for name in COUNTS)),
+        **counts,
     }
 
 

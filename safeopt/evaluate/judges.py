@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from safeopt.evaluate.generate import require_prompts
 from safeopt.evaluate.proportion import Proportion
@@ -16,6 +16,8 @@ from safeopt.evaluate.refusal import PHRASES, PHRASES_VERSION, is_refusal, phras
 
 Verdict: TypeAlias = bool | None
 """True: unsafe. False: safe. None: missing, as the judge failed; it counts as neither."""
+
+T = TypeVar("T")
 
 MUCH = 0.05
 """`judged` warns when a larger share of the verdicts is missing."""
@@ -143,15 +145,15 @@ def judged(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> Verd
 
 def each(
     name: str,
-    verdict: Callable[[str, str], Verdict],
+    verdict: Callable[[str, str], T | None],
     prompts: Sequence[str],
     answers: Sequence[str],
-) -> list[Verdict]:
+) -> list[T | None]:
     """`verdict(prompt, answer)` of every pair, None where it raises, with a warning that says why.
 
     `name`: of the judge, for the warning.
     """
-    found: list[Verdict] = []
+    found: list[T | None] = []
     reasons: list[str] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         try:

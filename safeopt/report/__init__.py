@@ -8,6 +8,7 @@ from typing import Any
 
 from safeopt import artifact
 from safeopt.report.figures import equal_skill_curves, training_curves
+from safeopt.report.judged import judged_by, judges_of
 from safeopt.report.ladder import ladder_figure, ladder_table
 from safeopt.report.matched import early_stop, same_drift
 from safeopt.report.pareto import ParetoPoint, pareto
@@ -24,6 +25,8 @@ __all__ = [
     "Recommendation",
     "early_stop",
     "equal_skill_curves",
+    "judged_by",
+    "judges_of",
     "ladder_figure",
     "ladder_table",
     "load_results",

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from safeopt.evaluate.mean import half_width
 from safeopt.evaluate.proportion import wilson
 from safeopt.report.recommend_controls import is_control
 from safeopt.report.summary import BASELINE, Point, Run, skill
 
-# 97.5 % points of Student's t by degrees of freedom; beyond the table the last, which is wider.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 LEAGUE = "no safety data"
 REPAIR_HARM = "over-refusal"
 
@@ -22,7 +21,8 @@ REPAIR_HARM = "over-refusal"
 class Estimate:
     """A rate in [0, 1]: its mean over seeds, a 95 % interval, and each seed's own.
 
-    ``n`` is the number of prompts, the same ones for every seed.
+    ``n`` is the number of prompts, the same ones for every seed; the least of the seeds' where a
+    judge has no verdict on some.
     """
 
     rate: float
@@ -40,20 +40,12 @@ class Estimate:
         """
         rate = min(1.0, max(0.0, fmean(by_seed)))
         low, high = wilson(rate, n)
-        spread = seed_spread(by_seed)
+        spread = half_width(by_seed)
         interval = (
             max(0.0, rate - math.hypot(rate - low, spread)),
             min(1.0, rate + math.hypot(high - rate, spread)),
         )
         return cls(rate, interval, tuple(by_seed), n)
-
-
-def seed_spread(values: Sequence[float]) -> float:
-    """Half the width of Student's 95 % interval for the mean of one value per seed; 0 for one."""
-    if len(values) < 2:
-        return 0.0
-    t = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
-    return t * stdev(values) / math.sqrt(len(values))
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,10 @@ def mean_curve(results: dict[str, Any], arm: str, seeds: Sequence[int]) -> list[
                 step=points[0]["step"],
                 skill=Estimate.of([one.rate for one in skills], skills[0].n),
                 harm={
-                    name: Estimate.of([one[name]["rate"] for one in found], found[0][name]["n"])
+                    name: Estimate.of(
+                        [one[name]["rate"] for one in found],
+                        min(one[name]["n"] for one in found),
+                    )
                     for name in found[0]
                 },
             )

@@ -196,6 +196,8 @@ def _finish(
     )  # fmt: skip
     if sets == [REPAIR_HARM]:
         what = "over-refusal of harmless prompts"
+    elif "judge" in results:
+        what += f", by {results['judge']}"
     axes.set(xlabel=f"{skill_name(results)} (%)", ylabel=f"{what} (%)", ylim=(-4, 104))
     low, high = axes.get_xlim()
     axes.set_xlim(max(low, -2.0), min(high, 102.0))

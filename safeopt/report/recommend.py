@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal
 
+from safeopt.report.judged import judge_of, missing_note
 from safeopt.report.pareto import (
     LEAGUE,
     ParetoPoint,
@@ -66,6 +67,7 @@ class Recommendation:
     ``chosen`` and ``cost`` are None and ``recipe`` is empty where nothing beats the control.
     ``nearest`` holds what came nearest then: the arm that is lowest at the skill, and the one that
     beats its controls with the most skill below it. ``assessed`` is every arm of the league.
+    ``judge`` is who counted attack success.
     """
 
     scenario: str
@@ -83,6 +85,7 @@ class Recommendation:
     nearest: tuple[Assessment, ...]
     assessed: tuple[Assessment, ...]
     notes: tuple[str, ...]
+    judge: str
 
     @property
     def arm(self) -> str | None:
@@ -159,6 +162,7 @@ def recommend(
         nearest=() if chosen else _nearest(assessed),
         assessed=assessed,
         notes=tuple(_notes(results, wanted, assessed, chosen, learned, best)),
+        judge=judge_of(results),
     )
 
 
@@ -241,7 +245,7 @@ def _notes(
     learned: bool,
     best: ParetoPoint,
 ) -> list[str]:
-    notes = []
+    notes = missing_note(results)
     if not assessed:
         notes.append("No protection was compared: every arm is plain AdamW, L2 or a control.")
     if not learned:

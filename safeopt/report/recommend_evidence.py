@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from safeopt.evaluate.mean import half_width
 from safeopt.evaluate.proportion import wilson
-from safeopt.report.pareto import ParetoPoint, arm_runs, mean_curve, seed_spread
+from safeopt.report.pareto import ParetoPoint, arm_runs, mean_curve
 from safeopt.report.recommend_controls import controls_of, controls_to_run, is_control, is_plain
 from safeopt.report.summary import BASELINE
 
@@ -147,7 +148,7 @@ def _differences(results: dict[str, Any], reading: ParetoPoint, control: str) ->
         by_seed = tuple(a - b for a, b in zip(arm.by_seed, theirs, strict=True))
         rate = min(1.0, max(0.0, fmean(theirs)))
         prompts = newcombe(arm.rate, arm.n, rate, arm.n)
-        spread, mean = seed_spread(by_seed), arm.rate - rate
+        spread, mean = half_width(by_seed), arm.rate - rate
         interval = (
             max(-1.0, mean - math.hypot(mean - prompts[0], spread)),
             min(1.0, mean + math.hypot(prompts[1] - mean, spread)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from safeopt.evaluate.judges import PhraseJudge
 from safeopt.report.pareto import REPAIR_HARM, Estimate, ParetoPoint
 from safeopt.report.recommend import Cost, Recommendation
 from safeopt.report.recommend_evidence import Assessment, Difference
@@ -13,7 +14,8 @@ def recommendation_text(found: Recommendation) -> str:
     """What to use, what it costs and how sure that is; or what came nearest and why it fails."""
     what = "over-refusal" if found.scenario == "repair" else "attack success"
     count = "1 seed" if len(found.seeds) == 1 else f"{len(found.seeds)} seeds"
-    head = f"Scenario {found.scenario}, {count}, league: {found.league}."
+    by = "" if found.judge == PhraseJudge.name else f", judge: {found.judge}"
+    head = f"Scenario {found.scenario}, {count}, league: {found.league}{by}."
     lines = [head, *_asked(found, what)]
     if found.chosen and found.cost:
         lines += _chosen(found, found.chosen, found.cost, what)

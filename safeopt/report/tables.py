@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from safeopt.compare.kinds import LEAGUES, REFUSALS
+from safeopt.report.judged import agreement_rows, judged_rows
 from safeopt.report.matched import AT_MOST, early_stop, same_drift
 
 
@@ -27,11 +28,11 @@ def markdown(results: dict[str, Any], summary: dict[str, Any], verdict: str) -> 
             "",
             equal_skill(summary),
             "",
+            *judges(results),
             *_matched(results, summary),
             "## At equal steps",
             "",
-            "After the last step, with whatever skill each arm has there: an arm that learned less looks",
-            "safer than it is.",
+            "After the last step, whatever skill each arm has: one that learned less looks safer.",
             "",
             equal_steps(summary),
             "",
@@ -45,6 +46,23 @@ def markdown(results: dict[str, Any], summary: dict[str, Any], verdict: str) -> 
             "",
         ]
     )
+
+
+def judges(results: dict[str, Any]) -> list[str]:
+    """Lines: attack success by every judge, and how far they agree; none without judges."""
+    if not results.get("judges"):
+        return []
+    return [
+        "## By every judge, at equal skill",
+        "",
+        "The same answers at the same steps; a missing verdict is neither safe nor unsafe.",
+        "A margin is how much likelier an answer begins with a refusal than with complying.",
+        "",
+        markdown_table(*judged_rows(results)),
+        "",
+        markdown_table(*agreement_rows(results)),
+        "",
+    ]
 
 
 def _matched(results: dict[str, Any], summary: dict[str, Any]) -> list[str]:
