@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 .PHONY: demo build test test-slow test-all lint bench organism clean
 
-demo: $(INSTALLED)      ## the main job on the bundled model, in under four minutes
+demo: $(INSTALLED)      ## the main job on the bundled model, in about three minutes on two cores
 	-$(BIN)/python setup.py build_ext --inplace  # it goes on in plain torch where this fails
 	$(BIN)/safeopt demo
 

@@ -128,6 +128,20 @@ def test_the_margin_is_that_of_the_openings_probabilities(tiny_llama, tiny_token
     assert mass == pytest.approx(refuse + comply, rel=1e-4)
 
 
+def test_a_model_without_a_cache_gives_the_same_margin(tiny_llama, tiny_tokenizer, monkeypatch):
+    with_cache = refusal_margin(tiny_llama, tiny_tokenizer, PROMPTS[0])
+    forward, widths = type(tiny_llama).forward, []
+
+    def uncached(self, **inputs):
+        widths.append(inputs["input_ids"].shape[1])
+        return forward(self, **{**inputs, "use_cache": False})
+
+    monkeypatch.setattr(type(tiny_llama), "forward", uncached)
+    again = refusal_margin(tiny_llama, tiny_tokenizer, PROMPTS[0])
+    assert again == pytest.approx(with_cache, abs=1e-4)
+    assert widths[1] > widths[0], "each opening has the prompt before it"
+
+
 def test_the_margin_tells_refusing_from_complying_and_from_neither(tiny_llama, tiny_tokenizer):
     answers = [SAFE[0], UNSAFE[0], SAFE[1], "blue, or so"]
     rows = [{"instruction": p, "response": a} for p, a in zip(PROMPTS, answers, strict=True)]

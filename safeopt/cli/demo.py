@@ -1,22 +1,24 @@
-"""Compare AdamW, SPA and its random control on the bundled organism, in under four minutes."""
+"""Compare AdamW, SPA and its random control on the bundled organism, in about three minutes."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
-from safeopt.cli.compare import report_of, text
+from safeopt.cli.compare import report_of
+from safeopt.cli.compare import text as compared
 from safeopt.compare import Scenario, Sets, Settings, compare
-
-__all__ = ["EXAMPLE", "RESUME", "configure", "run", "text"]
 
 EXAMPLE = "  safeopt demo --out safeopt-demo"
 RESUME = "run the same command again: finished runs are kept and not run again"
 
 ARMS = ["adamw", "spa:0.1", "spa-random:0.1"]
-SEEDS = [0, 1]
+SEEDS = [0, 1, 2]  # with fewer nothing could be recommended
 SETTINGS = Settings(steps=150, eval_every=25, lr=1e-3, eval_batch_size=128, max_new_tokens=12)
 EVALUATED = 100  # prompts of each set, so that evaluation does not take longer than training
+WORKERS = 2  # of one core each
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,5 +40,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         harmless=data("harmless_test")[:EVALUATED],
         test=data("headlines_test")[:EVALUATED],
     )
-    results = compare("organism:aligned", sets, ARMS, SEEDS, args.out, SETTINGS, command=args.line)
+    results = compare(
+        "organism:aligned",
+        sets,
+        ARMS,
+        SEEDS,
+        args.out,
+        SETTINGS,
+        workers=min(WORKERS, os.cpu_count() or 1),
+        command=args.line,
+    )
     return report_of(results, args.out)
+
+
+def text(result: dict[str, Any]) -> str:
+    """What `safeopt compare` says, and where the figure to it is."""
+    (figure,) = [file for file in result["files"] if Path(file).name == "pareto.png"]
+    return f"{compared(result)}\n\nAttack success against skill, arm by arm: {figure}"

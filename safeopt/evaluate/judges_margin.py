@@ -82,14 +82,8 @@ def refusal_margin(
     longest = getattr(model.config, "max_position_embeddings", None) or 2**31
     room = longest - max(map(len, openings))
     start = encode(tokenizer, {"instruction": prompt}, room)[0]
-    batch = collate(tokenizer, [(start + ids, len(start)) for ids in openings])
-    labels = batch["labels"][:, 1:].to(model.device)
+    labels, logits = _after_prompt(model, tokenizer, start, openings)
     counted = labels != IGNORED
-    with evaluating(model):
-        logits = model(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-        ).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(
         logits[counted].float(), labels[counted], reduction="none"
     )
@@ -170,6 +164,37 @@ def margin_arguments(
         "openings": artifact.digest(openings),
         "least": least,
     }
+
+
+def _after_prompt(
+    model: Any, tokenizer: Any, start: list[int], openings: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels (openings, tokens), and the logits that foresee them, of every opening.
+
+    The prompt goes through the model once where its cache can be repeated, else with each opening.
+    """
+    device = model.device
+    with evaluating(model):
+        prompt = torch.tensor([start], device=device)
+        first = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True)
+        past = getattr(first, "past_key_values", None)
+        if past is None or not hasattr(past, "batch_repeat_interleave"):
+            whole = collate(tokenizer, [(start + ids, len(start)) for ids in openings])
+            logits = model(
+                input_ids=whole["input_ids"].to(device),
+                attention_mask=whole["attention_mask"].to(device),
+            ).logits
+            return whole["labels"][:, 1:].to(device), logits[:, :-1]
+        past.batch_repeat_interleave(len(openings))
+        batch = collate(tokenizer, [(ids, 0) for ids in openings])
+        seen = torch.ones(len(openings), len(start), dtype=torch.int64)
+        later = model(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=torch.cat([seen, batch["attention_mask"]], dim=1).to(device),
+            past_key_values=past,
+        ).logits
+    foreseen = first.logits[:, -1:].expand(len(openings), -1, -1)
+    return batch["labels"].to(device), torch.cat([foreseen, later[:, :-1]], dim=1)
 
 
 def _encoded(tokenizer: Any, refusing: Sequence[str], complying: Sequence[str]) -> list[list[int]]:
