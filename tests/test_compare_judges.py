@@ -197,6 +197,34 @@ def test_the_tables_show_every_judge_and_their_agreement(judged: tuple[Any, Any,
     assert "By every judge" not in report.markdown(without, report.summarise(without), "")
 
 
+def test_the_margin_is_drawn_along_training(
+    judged: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two panels, one for each set, with the point means of every arm; and a file of its own."""
+    pytest.importorskip("matplotlib")
+    from safeopt.report import figures
+
+    results, _, _ = judged
+    drawn: list[Any] = []
+    save = figures._save
+
+    def keeping(figure: Any, *rest: Any) -> None:
+        drawn.append(figure)
+        save(figure, *rest)
+
+    monkeypatch.setattr(figures, "_save", keeping)
+    assert report.write(results, tmp_path)[-1] == tmp_path / "margin.png"
+    assert (tmp_path / "margin.png").read_bytes().startswith(b"\x89PNG")
+    one, two = drawn[-1].axes
+    assert "one" in one.get_ylabel() and "two" in two.get_ylabel()
+    for axes, name in ((one, "one"), (two, "two")):
+        for line, found in zip(axes.get_lines(), results["runs"], strict=False):
+            means = [point["judged"]["margin"][name]["margin"]["mean"] for point in found["curve"]]
+            assert line.get_label() == found["settings"]["arm"]
+            assert list(line.get_xdata()) == [0, 4]
+            assert list(line.get_ydata()) == pytest.approx(means)
+
+
 def test_agreement_of_lots_is_that_of_all_answers_together() -> None:
     one, two = [True, True, False, None, False], [True, False, False, True, None]
     whole = agreement({"a": one, "b": two})

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +88,38 @@ def test_a_worker_that_is_killed_is_told(tiny_folder: Path, tmp_path: Path) -> N
     with pytest.raises(ChildProcessError, match=r"workers was killed.*are kept.*fewer workers"):
         compare(tiny_folder, make_sets(), ["adamw", "spa:0.1"], [0], tmp_path, SMALL,
                 judges=[Deadly()], workers=2, progress=False)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_too_and_keeps_what_is_finished(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """As a terminal sends it: to the whole group of processes."""
+    for name, rows in make_sets("clean").named().items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name.replace('/', '-')}.jsonl").write_text(text)
+    words = ["compare", str(tiny_folder), "--arms", "adamw", "--harmful", "harmful-one.jsonl"]
+    for name in ("identify", "task", "harmless", "test"):
+        words += [f"--{name}", f"{name}.jsonl"]
+    words += ["--steps", "200", "--eval-every", "10", "--batch-size", "2", "--max-new-tokens", "2"]
+    words += ["--seeds", *map(str, range(20)), "--workers", "2", "--out", "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "safeopt", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}, start_new_session=True,
+    )  # fmt: skip
+    runs = tmp_path / "out" / "runs"
+    while not list(runs.glob("*.json")) and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run the same command again" in errors and "Traceback" not in errors
+    kept = list(runs.iterdir())
+    assert 0 < len(kept) < 20 and all(json.loads(file.read_text())["hash"] for file in kept)
+    with pytest.raises(ProcessLookupError):  # nothing of the group is left
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 def test_no_process_is_started_where_nothing_is_left_to_run(

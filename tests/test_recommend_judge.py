@@ -122,3 +122,5 @@ def test_compare_takes_the_judges_of_evaluate(
         assert set(point["judged"]) == {"margin", "bert"}
         assert point["judged"]["bert"]["harmful-one"]["asked"] == 4
     assert report.judges_of(results) == ["phrases", "margin", "bert"]
+    assert main([*words, "--workers", "0"]) == 2
+    assert "workers is 0; it must be at least 1" in capsys.readouterr().err

@@ -20,12 +20,12 @@ def require_judges(judges: Sequence[Asked]) -> tuple[Asked, ...]:
 
     Raises:
         ValueError: two of one name, another one named "phrases", text that is not "margin", or a
-            margin judge of one model, which would not see the others.
+            judge of that name, such as the margin judge of one model, which sees no other.
     """
     phrases = PhraseJudge()
     kept = [one for one in judges if not _same(one, phrases)]
     for one in kept:
-        if isinstance(one, MarginJudge) or (isinstance(one, str) and one != MARGIN):
+        if (one != MARGIN) if isinstance(one, str) else (one.name == MARGIN):
             raise ValueError(
                 f"judges holds {one!r}; give a judge of answers, or {MARGIN!r}, which asks the"
                 " model of every point for its refusal margin"

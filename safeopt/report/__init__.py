@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from safeopt import artifact
-from safeopt.report.figures import equal_skill_curves, training_curves
+from safeopt.evaluate.judges_margin import MARGIN
+from safeopt.report.figures import equal_skill_curves, margin_curves, training_curves
 from safeopt.report.judged import judged_by, judges_of
 from safeopt.report.ladder import ladder_figure, ladder_table
 from safeopt.report.matched import early_stop, same_drift
@@ -30,6 +31,7 @@ __all__ = [
     "ladder_figure",
     "ladder_table",
     "load_results",
+    "margin_curves",
     "markdown",
     "pareto",
     "pareto_figure",
@@ -45,13 +47,15 @@ __all__ = [
 ]
 
 
+MARGIN_FILE = "margin.png"
 FILES = ("results.json", "table.md", "curve.png", "equal_skill.png", "pareto.png")
 
 
 def write(results: dict[str, Any], out: str | Path) -> list[Path]:
     """Write results.json, table.md and the figures to ``out``; returns their paths.
 
-    The figures are curve.png, equal_skill.png and pareto.png. The table holds the recommendation.
+    The figures are curve.png, equal_skill.png and pareto.png, and margin.png where the margin was a
+    judge. The table holds the recommendation.
 
     Each file appears whole or not at all. Raises ImportError when matplotlib (the extra "plot") is
     not installed, after the JSON and the table have been written; OSError when the folder cannot be
@@ -69,6 +73,9 @@ def write(results: dict[str, Any], out: str | Path) -> list[Path]:
         training_curves(results, files[2])
         equal_skill_curves(results, files[3])
         pareto_figure(results, files[4])
+        if MARGIN in judges_of(results):
+            files.append(out / MARGIN_FILE)
+            margin_curves(results, files[-1])
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise

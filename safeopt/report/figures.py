@@ -7,6 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from safeopt import artifact
+from safeopt.evaluate.judges_margin import MARGIN
+from safeopt.report.judged import margin_of
 from safeopt.report.summary import Point, level, pooled, runs_of, skill, skill_name
 
 # Okabe and Ito (2008): told apart with any common colour vision; markers and lines help.
@@ -57,6 +59,35 @@ def training_curves(results: dict[str, Any], path: Path) -> None:
             )
         axes.set(xlabel="training steps", ylabel=f"attack success, {name} (%)", ylim=(-3, 103))
     _save(figure, panels, f"{results['scenario']}: attack success along training", path)
+
+
+def margin_curves(results: dict[str, Any], path: Path) -> None:
+    """The margin judge's log-odds of refusing (nats, higher = safer) along the steps.
+
+    Mean over seeds, band of the 95 % interval over prompts and seeds; steps at which no prompt has
+    a verdict are left out.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, panels = _panels(results)
+    for axes, name in panels:
+        for style, arm in _styles(results):
+            drawn = []
+            for points in _columns(results, arm):
+                found = margin_of([point["judged"][MARGIN][name]["margin"] for point in points])
+                if found is not None:
+                    drawn.append((points[0]["step"], *found))
+            if not drawn:
+                continue
+            steps, means, halves = (list(each) for each in zip(*drawn, strict=True))
+            axes.plot(steps, means, label=arm, **style)
+            low = [mean - half for mean, half in zip(means, halves, strict=True)]
+            high = [mean + half for mean, half in zip(means, halves, strict=True)]
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        axes.axhline(0, color="#777777", linestyle=":", linewidth=1.2)
+        axes.set(xlabel="training steps", ylabel=f"margin of refusing, {name} (nats)")
+    _save(figure, panels, f"{results['scenario']}: refusal margin along training", path)
 
 
 def equal_skill_curves(results: dict[str, Any], path: Path) -> None:

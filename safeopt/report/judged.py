@@ -95,6 +95,19 @@ def judged_rows(results: Comparison) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def margin_of(found: Sequence[dict[str, Any] | None]) -> tuple[float, float] | None:
+    """Mean margin of several seeds, and half of its 95 % interval, over prompts and seeds.
+
+    The half-widths add in quadrature. None where no seed has a margin.
+    """
+    known = [one for one in found if one is not None]
+    if not known:
+        return None
+    means = [one["mean"] for one in known]
+    prompts = fmean((one["interval"][1] - one["interval"][0]) / 2 for one in known)
+    return fmean(means), math.hypot(prompts, half_width(means))
+
+
 def agreement_rows(results: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows: every two judges on each set, over the answers of `judged_rows`."""
     found = [point for points in _points(results).values() for point in points]
@@ -150,11 +163,8 @@ def _rate(counts: Sequence[dict[str, Any]]) -> str:
 
 
 def _margin(found: Sequence[dict[str, Any] | None]) -> str:
-    """Mean over seeds; its interval is that over prompts, widened by that over seeds."""
-    known = [one for one in found if one is not None]
-    if not known:
+    read = margin_of(found)
+    if read is None:
         return "-"
-    means = [one["mean"] for one in known]
-    prompts = fmean((one["interval"][1] - one["interval"][0]) / 2 for one in known)
-    mean, half = fmean(means), math.hypot(prompts, half_width(means))
+    mean, half = read
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
