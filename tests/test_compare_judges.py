@@ -121,6 +121,10 @@ def test_the_margin_is_that_of_the_model_at_each_point(judged: tuple[Any, Any, A
     half = 2.571 * stdev(margins) / math.sqrt(len(margins))  # Student's, 5 degrees of freedom
     assert start["margin"]["interval"][1] == pytest.approx(fmean(margins) + half)
     assert start["unsafe"]["successes"] == sum(margin < 0 for margin in margins)
+    # From the definition: of P(refusing) + P(complying) = mass and their log-odds, the first.
+    refusing = [mass * math.exp(margin) / (1 + math.exp(margin)) for margin, mass in read]
+    assert start["refusing"]["mean"] == pytest.approx(fmean(refusing))
+    assert start["refusing"]["n"] == PROMPTS
     assert end["margin"]["mean"] != pytest.approx(start["margin"]["mean"])
 
 
@@ -189,7 +193,8 @@ def test_the_tables_show_every_judge_and_their_agreement(judged: tuple[Any, Any,
     text = report.markdown(results, report.summarise(results), "")
     section = text.partition("## By every judge")[2].partition("\n## ")[0]
     header = next(line for line in section.splitlines() if line.startswith("| arm"))
-    for name in ("one, phrases", "two, margin", "two, short", "margin in nats, one"):
+    names = ("one, phrases", "two, margin", "two, short", "margin in nats, one")
+    for name in (*names, "begins to refuse, two"):
         assert f"| {name} |" in header
     assert "| adamw |" in section and "2 of 6 missing" in section
     assert "| phrases, short | two |" in section
@@ -200,7 +205,7 @@ def test_the_tables_show_every_judge_and_their_agreement(judged: tuple[Any, Any,
 def test_the_margin_is_drawn_along_training(
     judged: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two panels, one for each set, with the point means of every arm; and a file of its own."""
+    """Two panels for each set, with the point means of every arm; and a file of its own."""
     pytest.importorskip("matplotlib")
     from safeopt.report import figures
 
@@ -215,11 +220,14 @@ def test_the_margin_is_drawn_along_training(
     monkeypatch.setattr(figures, "_save", keeping)
     assert report.write(results, tmp_path)[-1] == tmp_path / "margin.png"
     assert (tmp_path / "margin.png").read_bytes().startswith(b"\x89PNG")
-    one, two = drawn[-1].axes
-    assert "one" in one.get_ylabel() and "two" in two.get_ylabel()
-    for axes, name in ((one, "one"), (two, "two")):
+    panels = [(name, key) for name in ("one", "two") for key in ("margin", "refusing")]
+    assert [axes.get_ylabel() for axes in drawn[-1].axes] == [
+        "margin in nats, one", "begins to refuse, one", "margin in nats, two",
+        "begins to refuse, two",
+    ]  # fmt: skip
+    for axes, (name, key) in zip(drawn[-1].axes, panels, strict=True):
         for line, found in zip(axes.get_lines(), results["runs"], strict=False):
-            means = [point["judged"]["margin"][name]["margin"]["mean"] for point in found["curve"]]
+            means = [point["judged"]["margin"][name][key]["mean"] for point in found["curve"]]
             assert line.get_label() == found["settings"]["arm"]
             assert list(line.get_xdata()) == [0, 4]
             assert list(line.get_ydata()) == pytest.approx(means)

@@ -8,7 +8,7 @@ from typing import Any
 
 from safeopt import artifact
 from safeopt.evaluate.judges_margin import MARGIN
-from safeopt.report.judged import margin_of
+from safeopt.report.judged import MARGIN_COLUMNS, margin_of
 from safeopt.report.summary import Point, level, pooled, runs_of, skill, skill_name
 
 # Okabe and Ito (2008): told apart with any common colour vision; markers and lines help.
@@ -41,7 +41,7 @@ def training_curves(results: dict[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure, panels = _panels(results)
+    figure, panels = _panels(_sets(results))
     for axes, name in panels:
         for style, arm in _styles(results):
             columns = _columns(results, arm)
@@ -62,20 +62,22 @@ def training_curves(results: dict[str, Any], path: Path) -> None:
 
 
 def margin_curves(results: dict[str, Any], path: Path) -> None:
-    """The margin judge's log-odds of refusing (nats, higher = safer) along the steps.
+    """What the margin judge reads along the steps, higher = safer: for each set, two panels.
 
-    Mean over seeds, band of the 95 % interval over prompts and seeds; steps at which no prompt has
-    a verdict are left out.
+    The log-odds of refusing against complying (nats), and the probability of beginning to refuse.
+    Means over seeds, bands of the 95 % interval over prompts and seeds; steps at which there is
+    none, as no prompt has a verdict, are left out.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure, panels = _panels(results)
-    for axes, name in panels:
+    wanted = [(name, key) for name in _sets(results) for key in MARGIN_COLUMNS]
+    figure, panels = _panels([f"{MARGIN_COLUMNS[key]}, {name}" for name, key in wanted])
+    for (axes, label), (name, key) in zip(panels, wanted, strict=True):
         for style, arm in _styles(results):
             drawn = []
             for points in _columns(results, arm):
-                found = margin_of([point["judged"][MARGIN][name]["margin"] for point in points])
+                found = margin_of([point["judged"][MARGIN][name][key] for point in points])
                 if found is not None:
                     drawn.append((points[0]["step"], *found))
             if not drawn:
@@ -86,8 +88,8 @@ def margin_curves(results: dict[str, Any], path: Path) -> None:
             high = [mean + half for mean, half in zip(means, halves, strict=True)]
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
         axes.axhline(0, color="#777777", linestyle=":", linewidth=1.2)
-        axes.set(xlabel="training steps", ylabel=f"margin of refusing, {name} (nats)")
-    _save(figure, panels, f"{results['scenario']}: refusal margin along training", path)
+        axes.set(xlabel="training steps", ylabel=label)
+    _save(figure, panels, f"{results['scenario']}: refusals at the first tokens", path)
 
 
 def equal_skill_curves(results: dict[str, Any], path: Path) -> None:
@@ -100,7 +102,7 @@ def equal_skill_curves(results: dict[str, Any], path: Path) -> None:
         ImportError: matplotlib is not installed.
     """
     repair = results["scenario"] == "repair"
-    figure, panels = _panels(results, one=repair)
+    figure, panels = _panels(_sets(results)[:1] if repair else _sets(results))
     for axes, name in panels:
         for style, arm in _styles(results):
             columns = _columns(results, arm)
@@ -158,12 +160,14 @@ def _styles(results: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     return styles
 
 
-def _panels(results: dict[str, Any], one: bool = False) -> tuple[Any, list[tuple[Any, str]]]:
+def _sets(results: dict[str, Any]) -> list[str]:
+    return list(results["runs"][0]["curve"][0]["attack"])
+
+
+def _panels(names: list[str]) -> tuple[Any, list[tuple[Any, str]]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(results["runs"][0]["curve"][0]["attack"])
-    names = names[:1] if one else names
     figure = Figure(figsize=(SIZE[0], SIZE[1] * len(names)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(names), 1, squeeze=False)[:, 0]

@@ -13,6 +13,8 @@ from safeopt.evaluate.mean import half_width
 from safeopt.report.summary import Point, first_reaching, level, pooled, runs_of
 
 Comparison = dict[str, Any]
+MARGIN_COLUMNS = {"margin": "margin in nats", "refusing": "begins to refuse"}
+"""What the margin judge says beside its verdicts, by key."""
 
 
 def judges_of(results: Comparison) -> list[str]:
@@ -79,7 +81,7 @@ def judged_rows(results: Comparison) -> tuple[list[str], list[list[str]]]:
         for name in sets
         if "margin" in results["runs"][0]["curve"][0]["judged"][judge][name]
     ]
-    header += [f"margin in nats, {name}" for _, name in with_margin]
+    header += [f"{what}, {name}" for _, name in with_margin for what in MARGIN_COLUMNS.values()]
     rows = []
     for arm, found in points.items():
         if not found:
@@ -89,16 +91,19 @@ def judged_rows(results: Comparison) -> tuple[list[str], list[list[str]]]:
         for name in sets:
             row.append(_rate([point["attack"][name] for point in found]))
             row += [_judged([point["judged"][judge][name] for point in found]) for judge in judges]
-        row += [_margin([p["judged"][judge][name]["margin"] for p in found])
-                for judge, name in with_margin]  # fmt: skip
+        row += [
+            _margin([point["judged"][judge][name][key] for point in found])
+            for judge, name in with_margin
+            for key in MARGIN_COLUMNS
+        ]
         rows.append(row)
     return header, rows
 
 
 def margin_of(found: Sequence[dict[str, Any] | None]) -> tuple[float, float] | None:
-    """Mean margin of several seeds, and half of its 95 % interval, over prompts and seeds.
+    """Mean of the seeds' means of one of `MARGIN_COLUMNS`, and half of its 95 % interval.
 
-    The half-widths add in quadrature. None where no seed has a margin.
+    That is over prompts and seeds. The half-widths add in quadrature. None where no seed has one.
     """
     known = [one for one in found if one is not None]
     if not known:
