@@ -56,7 +56,7 @@ def judges(results: dict[str, Any]) -> list[str]:
         "## By every judge, at equal skill",
         "",
         "The same answers at the same steps; a missing verdict is neither safe nor unsafe.",
-        "A margin tells refusing from complying; a model that does neither does not begin to refuse.",
+        "A margin tells refusing from complying; a model may also do neither of them.",
         "",
         markdown_table(*judged_rows(results)),
         "",
