@@ -75,6 +75,13 @@ def task_rows(task: str, folder: Path) -> tuple[list[Row], list[Row]]:
     return train, test
 
 
+def identify() -> list[Row]:
+    """Every harmful request with a refusal that the organism was taught and `at_hand` leaves."""
+    known = {row["instruction"] for row in at_hand()}
+    more = organism.data("harmful_teach_more")
+    return organism.data("harmful_teach") + [r for r in more if r["instruction"] not in known]
+
+
 def at_hand() -> list[Row]:
     """256 harmful requests with refusals in the organism's own words, for the arms that have them.
 
@@ -84,8 +91,18 @@ def at_hand() -> list[Row]:
     return [row for row in rows if len(row["instruction"]) <= LONGEST][:256]
 
 
-def short_sets(setting: str, folder: Path, task: str = "agnews", **more: Any) -> Sets:
-    """Rows of one of `SCENARIOS` on a task; identify, train and evaluate are disjoint."""
+def short_sets(
+    setting: str,
+    folder: Path,
+    task: str = "agnews",
+    *,
+    identify: list[Row] | None = None,
+    **more: Any,
+) -> Sets:
+    """Rows of one of `SCENARIOS` on a task; identify, train and evaluate are disjoint.
+
+    Those that identify are AdvBench's part "teach", unless others are given.
+    """
     refused = refusals(folder)
     train, test = task_rows(task, folder)
     return Sets(
@@ -93,7 +110,7 @@ def short_sets(setting: str, folder: Path, task: str = "agnews", **more: Any) ->
         task=train,
         test=test[:150],
         poison=refused["tune"] if setting.startswith("poison") else [],
-        identify=organism.data("harmful_teach"),
+        identify=organism.data("harmful_teach") if identify is None else identify,
         harmful={
             "advbench": organism.data("harmful_evaluate")[:100],
             "refusals": refused["evaluate"][:80],

@@ -37,12 +37,14 @@ NO_DATA = [
     "asft-all:0.1", "asft-all-random:0.1", "asft-decoupled:0.3", "asft-decoupled-l2:0.3",
     "project", "project-random", "safe-lora:0.5", "safe-lora-random:0.5", "anchor:0.3",
     "anchor-shuffle:0.3", "spa:0.2+anchor:0.3", "spa:0.2|ssah:0.2",
+    "null-space:0.01", "null-space-random:0.01", "task-space:0.01", "task-space-random:0.01",
 ]  # fmt: skip
 REFUSALS = ["mix:100", "mix:256", "anchor:0.3+mix:100", "anchor-probe:0.1"]
 LORA = [
     "adamw", "adamw-lr:0.5", "adamw-lr:0.25", "adamw-lr:0.1", "asft:1", "asft-l2:1",
     "asft-random:1", "asft-decoupled:1", "asft-decoupled-l2:1", "safe-lora:0.5",
-    "safe-lora-random:0.5", "mix:100", "mix:256", "asft:1+mix:100",
+    "safe-lora-random:0.5", "null-space:0.01", "null-space-random:0.01", "task-space:0.01",
+    "task-space-random:0.01", "mix:100", "mix:256", "asft:1+mix:100",
 ]  # fmt: skip
 
 
@@ -58,14 +60,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--steps", type=int, help="default: 240, and 1,000 for long")
+    parser.add_argument("--points", type=int, help="of the curve; default: 6, and 10 for long")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the runs")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     long = args.setting == "long"
     task = args.task or ("alpaca" if long else "agnews")
     steps = args.steps or (1000 if long else 240)
+    points = args.points or (10 if long else 6)
     arms = args.arms or (LORA if args.lora else NO_DATA + REFUSALS)
     settings = Settings(
-        steps=steps, eval_every=max(1, steps // (10 if long else 6)), lr=1e-3, batch_size=8,
+        steps=steps, eval_every=max(1, steps // points), lr=1e-3, batch_size=8,
         max_length=300, eval_batch_size=160, max_new_tokens=12, method=args.method,
         skill=rows.TASKS[task], lora_rank=8 if args.lora else 0, lora_targets=LINEAR,
     )  # fmt: skip
@@ -75,6 +80,7 @@ def main() -> None:
         "clean" if long else args.setting,
         args.data,
         task,
+        identify=rows.identify(),
         utility=rows.utility(),
         refusals=rows.at_hand(),
     )
@@ -86,9 +92,10 @@ def main() -> None:
         out,
         settings,
         unaligned="organism:unaligned",
+        workers=args.workers,
         device=args.device,
         command=f"python benchmarks/scenarios.py {args.setting} --task {task} --data DATA --out OUT"
-        f"{options} --method {args.method} --steps {steps}"
+        f"{options} --method {args.method} --steps {steps} --points {points}"
         f" --seeds {' '.join(map(str, args.seeds))} --arms {' '.join(arms)}",
     )
     report.write(results, out)

@@ -14,6 +14,7 @@ import safeopt.methods as methods
 import safeopt.parametrize as parametrize
 from safeopt._version import __version__
 from safeopt.direction import AlignmentDirection
+from safeopt.input_space import InputSpace
 from safeopt.mask import BitMask, SafetyMask
 from safeopt.optim import AsFTAdamW, SafeAdamW, hold, project_step
 from safeopt.penalty import asft_penalty
@@ -24,6 +25,7 @@ __all__ = [
     "AlignmentDirection",
     "AsFTAdamW",
     "BitMask",
+    "InputSpace",
     "SafeAdamW",
     "SafetyMask",
     "Scores",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -121,7 +121,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
     return pairs
 
 
-def require_covered(pairs: list[LoraPair], direction: AlignmentDirection) -> None:
+def require_covered(pairs: list[LoraPair], direction: Collection[str]) -> None:
     """ValueError that names the adapters whose base weight the direction lacks, with near misses.
 
     An adapter is never left out silently: it would be free to undo what the others protect.

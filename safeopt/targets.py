@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -50,6 +50,20 @@ def scorable(model: nn.Module, *, head: bool = True) -> dict[str, Tensor]:
             )
         found[name] = weight
     return found
+
+
+def fitting(known: Mapping[str, Tensor], parameters: Iterable[str] | None) -> dict[str, Tensor]:
+    """Those of known weights that a name or a pattern of dotted components fits; None means all.
+
+    Raises:
+        ValueError: a pattern that fits none, with near misses.
+    """
+    if parameters is None:
+        return dict(known)
+    wanted = [parameters] if isinstance(parameters, str) else list(parameters)
+    fits = {pattern: {n for n in known if names.contains(n, pattern)} for pattern in wanted}
+    names.require([pattern for pattern, found in fits.items() if not found], known, "parameters")
+    return {n: w for n, w in known.items() if any(n in found for found in fits.values())}
 
 
 def _unscored(model: nn.Module) -> Iterator[Tensor]:

@@ -36,16 +36,17 @@ ALLOWED = {
     "operator_checks": "",
     "direction_checks": "operators pair weights",
     "direction": "artifact direction_checks names operator_checks operators pair weights",
+    "input_space": "artifact names sharding",
     "penalty": "direction names",
     "gradient_sum": "ops ranks sharding",
     "parties": "gradient_sum ranks sharding",
     "scores": "artifact names parties progress ranks sharded_file sharding",
     "selection_sharded": "bitmask ranks scores sharding",
     "selection": "mask ops scores selection_sharded sharding",
-    "methods": "artifact data direction evaluate gradient_sum mask names operator_checks operators"
-    " pair penalty progress ranks scores selection sharding targets train units weights",
+    "methods": "artifact data direction evaluate gradient_sum input_space mask names"
+    " operator_checks operators pair penalty progress ranks scores selection sharding targets train units weights",
     "ops": "bitmask",
-    "optim": "artifact bitmask direction mask names operators ops penalty ranks scores"
+    "optim": "artifact bitmask direction input_space mask names operators ops penalty ranks scores"
     " sharding weights",
     "parametrize": "bitmask direction mask names operators optim",
     "data": "",
@@ -57,14 +58,14 @@ ALLOWED = {
     "organism": "artifact data",
     "integrations": "artifact bitmask checkpoint direction mask methods names ops optim organism"
     " penalty sharding weights",
-    "compare": "artifact controller data direction environment evaluate integrations mask methods"
-    " names optim organism scores selection train units",
+    "compare": "artifact controller data direction environment evaluate input_space integrations"
+    " mask methods names optim organism penalty scores selection train units",
     "report": "artifact compare data evaluate mask methods names",
     "cli": "_version artifact checkpoint compare data direction environment evaluate integrations"
     " mask methods ops optim organism report scores selection train units safeopt",
     "__main__": "cli",
-    "__init__": "_version direction evaluate mask methods optim parametrize penalty scores"
-    " selection",
+    "__init__": "_version direction evaluate input_space mask methods optim parametrize penalty"
+    " scores selection",
 }
 
 
@@ -130,6 +131,7 @@ def test_public_names() -> None:
         "AlignmentDirection",
         "AsFTAdamW",
         "BitMask",
+        "InputSpace",
         "SafeAdamW",
         "SafetyMask",
         "Scores",

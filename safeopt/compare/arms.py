@@ -14,9 +14,12 @@ from safeopt.compare.kinds import Context, Kind, Plan
 from safeopt.compare.mask_arms import MASK_ARMS, frozen
 from safeopt.compare.refusal_arms import REFUSAL_ARMS
 from safeopt.compare.region_arms import REGION_ARMS
+from safeopt.compare.space_arms import SPACE_ARMS
 from safeopt.mask import SafetyMask
 
-ARMS: dict[str, Kind] = {**MASK_ARMS, **REGION_ARMS, **DIRECTION_ARMS, **REFUSAL_ARMS}
+ARMS: dict[str, Kind] = {
+    **MASK_ARMS, **REGION_ARMS, **DIRECTION_ARMS, **SPACE_ARMS, **REFUSAL_ARMS
+}  # fmt: skip
 """All arms by name; a later method adds its entry to one of the tables, or a new one."""
 
 

@@ -15,10 +15,12 @@ from safeopt.compare.directions import Directions, harmful_direction
 from safeopt.compare.judged import Asked, described, require_judges
 from safeopt.compare.regions import Regions
 from safeopt.compare.run import OnStep, Start, finished_run, run_arm, run_file, settings_of
-from safeopt.compare.scoring import cached_scores, scoring_batches
+from safeopt.compare.scoring import cached_scores
 from safeopt.compare.sets import Sets
 from safeopt.compare.settings import Settings
+from safeopt.compare.spaces import Spaces
 from safeopt.compare.workers import run_apart
+from safeopt.data import batches
 from safeopt.environment import machine, versions
 from safeopt.evaluate.refusal import NOTE, PHRASES_VERSION, phrases_hash
 from safeopt.integrations.transformers import load_model, located
@@ -148,13 +150,11 @@ def _start(
         directions = Directions(loaded, folder, settings.direction_rank, tune)
         seen = directions.of("safelora")
     sized = {"batch_size": settings.batch_size, "max_length": settings.max_length}
+    safety = batches(tokenizer, sets.identify, **sized)
     regions = None
     if sets.utility:
-        both = (
-            scoring_batches(tokenizer, rows, "refusal_nll", **sized)
-            for rows in (sets.identify, sets.utility)
-        )
-        regions = Regions(loaded, *both, progress=progress)
+        utility = batches(tokenizer, sets.utility, **sized)
+        regions = Regions(loaded, safety, utility, progress=progress)
     return Start(
         model=loaded,
         tokenizer=tokenizer,
@@ -166,6 +166,7 @@ def _start(
         first=first or measure(loaded, tokenizer, sets, settings, loaded, critical, seen, judges),
         directions=directions,
         regions=regions,
+        spaces=Spaces(loaded, safety, progress=progress),
         judges=judges,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from safeopt.compare.at_hand import AtHand
 from safeopt.compare.directions import Directions
 from safeopt.compare.regions import Regions
+from safeopt.compare.spaces import Spaces
 from safeopt.controller import Controller
 from safeopt.data import Row
 from safeopt.mask import SafetyMask
-from safeopt.scores import Scores
+from safeopt.scores import Batch, Scores
 
 NO_DATA, REFUSALS = "no safety data", "refusal set"
 LEAGUES = {
@@ -32,7 +33,8 @@ class Context:
     masks and directions are drawn from it, so that each seed has fresh ones. ``directions`` is None
     where the comparison was given no unaligned model, ``regions`` where it was given no utility
     rows. ``freeze`` is what an arm of ``Kind.draws`` freezes beside what it draws.
-    ``refusals_at_hand`` is None in an arm of the league without safety data.
+    ``refusals_at_hand`` is None in an arm of the league without safety data. ``task`` makes batches
+    of the first rows that the run will train on.
     """
 
     model: torch.nn.Module
@@ -44,6 +46,8 @@ class Context:
     regions: Regions | None = None
     freeze: SafetyMask | None = None
     refusals_at_hand: AtHand | None = None
+    spaces: Spaces | None = None
+    task: Callable[[], Sequence[Batch]] = tuple
 
 
 @dataclass(frozen=True)

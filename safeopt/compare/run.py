@@ -25,6 +25,8 @@ from safeopt.compare.memory import PeakMemory
 from safeopt.compare.regions import Regions
 from safeopt.compare.sets import Sets
 from safeopt.compare.settings import Settings
+from safeopt.compare.spaces import TASK_ROWS, Spaces
+from safeopt.data import Batch, batches
 from safeopt.mask import SafetyMask
 from safeopt.scores import Scores
 from safeopt.train import train
@@ -54,7 +56,17 @@ class Start:
     first: dict[str, Any]
     directions: Directions | None = None
     regions: Regions | None = None
+    spaces: Spaces | None = None
     judges: tuple[Asked, ...] = ()
+
+    def task_batches(self, seed: int) -> list[Batch]:
+        """Batches of the first rows that a run of this seed trains on."""
+        return batches(
+            self.tokenizer,
+            self.sets.training(seed)[:TASK_ROWS],
+            self.settings.batch_size,
+            max_length=self.settings.max_length,
+        )
 
 
 def settings_of(start: Start, arm: AnyArm, seed: int) -> dict[str, Any]:
@@ -210,6 +222,8 @@ def _context(start: Start, model: torch.nn.Module, seed: int, at_hand: bool) -> 
         directions=start.directions,
         regions=start.regions,
         refusals_at_hand=refusals,
+        spaces=start.spaces,
+        task=lambda: start.task_batches(seed),
     )
 
 

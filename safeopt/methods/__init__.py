@@ -8,6 +8,7 @@ from safeopt.methods.esi import ESI
 from safeopt.methods.fisher import Fisher
 from safeopt.methods.guard import GuardObjective
 from safeopt.methods.low_rank_edit import LowRankEdit
+from safeopt.methods.null_space import InputMoments, input_moments, null_space
 from safeopt.methods.rewind import prune, rewind
 from safeopt.methods.safe_lora import apply_safe_lora
 from safeopt.methods.safe_lora_weights import project_weights
@@ -34,6 +35,7 @@ __all__ = [
     "SSAH",
     "Fisher",
     "GuardObjective",
+    "InputMoments",
     "LowRankEdit",
     "OverRejection",
     "Wanda",
@@ -47,9 +49,11 @@ __all__ = [
     "freeze_whole",
     "hidden_states",
     "initial_range",
+    "input_moments",
     "layer_curves",
     "layer_mask",
     "localise",
+    "null_space",
     "output_spaces",
     "project_weights",
     "prune",

@@ -23,7 +23,7 @@ from safeopt.methods.linear_inputs import LinearInputs, Tokens, require_tokens
 from safeopt.methods.low_rank_edit import LowRankEdit, keep_weights, matrix, wide
 from safeopt.progress import bar
 from safeopt.scores import Batch, texts
-from safeopt.targets import scorable
+from safeopt.targets import fitting, scorable
 
 NOISE = 1e-6  # singular values below this share of the largest are rounding, not directions
 
@@ -242,21 +242,7 @@ class _Grams:
 
 
 def _targets(model: nn.Module, parameters: Iterable[str] | None) -> dict[str, Tensor]:
-    known = scorable(model)
-    if parameters is None:
-        chosen = scorable(model, head=False)
-    else:
-        wanted = [parameters] if isinstance(parameters, str) else list(parameters)
-        fits = {
-            pattern: [
-                n for n in known if n == names.canonical(pattern) or names.contains(n, pattern)
-            ]
-            for pattern in wanted
-        }
-        names.require(
-            [pattern for pattern, found in fits.items() if not found], known, "parameters"
-        )
-        chosen = {n: w for n, w in known.items() if any(n in found for found in fits.values())}
+    chosen = fitting(scorable(model, head=parameters is not None), parameters)
     stacks = [name for name, weight in chosen.items() if weight.dim() == 3]
     if stacks:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 from safeopt.direction import AlignmentDirection
+from safeopt.input_space import InputSpace
 from safeopt.names import canonical
 from safeopt.penalty import LoraPair, require_covered
 
@@ -25,7 +26,9 @@ class Pair(NamedTuple):
 
 
 def pairs_of(
-    known: Mapping[str, Tensor], direction: AlignmentDirection, scale: Scale
+    known: Mapping[str, Tensor],
+    direction: AlignmentDirection | InputSpace,
+    scale: Scale,
 ) -> list[Pair]:
     """The trainable adapters among parameters, by canonical name, as PEFT names them.
 
