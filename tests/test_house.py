@@ -44,7 +44,8 @@ ALLOWED = {
     "selection_sharded": "bitmask ranks scores sharding",
     "selection": "mask ops scores selection_sharded sharding",
     "methods": "artifact data direction evaluate gradient_sum input_space mask names"
-    " operator_checks operators pair penalty progress ranks scores selection sharding targets train units weights",
+    " operator_checks operators pair penalty progress ranks scores selection sharding targets train"
+    " units weights",
     "ops": "bitmask",
     "optim": "artifact bitmask direction input_space mask names operators ops penalty ranks scores"
     " sharding weights",

@@ -12,7 +12,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from safeopt import AlignmentDirection, AsFTAdamW, BitMask, SafetyMask, project_step
+from safeopt import (
+    AlignmentDirection,
+    AsFTAdamW,
+    BitMask,
+    InputSpace,
+    SafetyMask,
+    project_step,
+)
+from safeopt.input_space import InputBasis
 
 SHAPES = {"tall": (11, 5), "wide": (6, 13), "experts": (3, 7, 5)}
 RANK = 2
@@ -175,6 +183,37 @@ def test_project_step_over_shards_is_that_of_one_process(layout):
     for found in spawn(run_project, 4, layout):
         for name, p in model.named_parameters():
             torch.testing.assert_close(found[name], p.detach(), **TOLERANCE)
+
+
+def space_of() -> InputSpace:
+    """A few inputs of each matrix, of each expert."""
+    draw = torch.Generator().manual_seed(4)
+    bases = {}
+    for name, shape in SHAPES.items():
+        basis = torch.linalg.qr(torch.randn((*shape[:-2], shape[-1], 3), generator=draw)).Q
+        free = [3 / shape[-1]] * (shape[0] if len(shape) == 3 else 1)
+        bases[f"{name}.weight"] = InputBasis(torch.Size(shape), basis, {"free": free})
+    return InputSpace(bases)
+
+
+def run_space(rank: int, layout: str) -> dict[str, torch.Tensor]:
+    model = shard_all(Matrices(), layout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    project_step(optimizer, space_of(), model)
+    advance(model, optimizer, 3)
+    return full(model)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "fsdp-tp"])
+def test_an_input_space_over_shards_is_that_of_one_process(layout):
+    model, start = Matrices(), Matrices()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    project_step(optimizer, space_of(), model)
+    advance(model, optimizer, 3)
+    for found in spawn(run_space, 4, layout):
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(found[name], p.detach(), **TOLERANCE)
+            assert not torch.equal(found[name], start.get_parameter(name))
 
 
 def run_whole_rank(rank: int) -> None:
