@@ -28,16 +28,17 @@ class Spaces:
     def __init__(
         self, model: torch.nn.Module, safety: Sequence[Batch], *, progress: bool = False
     ) -> None:
-        self._model, self._batches, self._progress = model, safety, progress
+        self.batches, self._model, self._progress = safety, model, progress
         self._tasks: dict[Any, InputMoments] = {}
 
     @cached_property
-    def _safety(self) -> InputMoments:
-        return input_moments(self._model, self._batches, progress=self._progress)
+    def safety(self) -> InputMoments:
+        """The moments of the refusals."""
+        return input_moments(self._model, self.batches, progress=self._progress)
 
     def plain(self, leak: float) -> InputSpace:
         """The directions that safety uses least."""
-        return null_space(self._safety, leak=leak)
+        return null_space(self.safety, leak=leak)
 
     def for_task(
         self, leak: float, key: object, batches: Callable[[], Sequence[Batch]]
@@ -48,4 +49,4 @@ class Spaces:
         """
         if key not in self._tasks:
             self._tasks[key] = input_moments(self._model, batches(), progress=self._progress)
-        return null_space(self._safety, self._tasks[key], leak=leak)
+        return null_space(self.safety, self._tasks[key], leak=leak)
