@@ -5,8 +5,8 @@
 NAME=DIR is a pair that `python -m safeopt.organism.build --out DIR` made. Every scorer sees all 255
 harmful requests with refusals that the aligned model was taught, and three disjoint thirds of them,
 which stand for seeds. ESI sees as many harmless rows too, as a control: what is dense there as well
-has little to do with safety. Prompts that evaluate a pair are others. Writes NAME.json (resumable by
-organism), tables.md and density.png to OUT/organisms.
+has little to do with safety. Prompts that evaluate a pair are others. Writes NAME.json (resumable
+by organism), tables.md and density.png to OUT/organisms.
 """
 
 from __future__ import annotations

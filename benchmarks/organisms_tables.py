@@ -140,12 +140,12 @@ def _claims(family: str) -> dict[str, Callable[[Mapping[str, Any], str], bool]]:
 
     def densest(found: Mapping[str, Any], subset: str) -> bool:
         values = {part: ratio(found, subset, component(part)) for part in (*ATTENTION, *MLP)}
-        return max((value or 0.0, part) for part, value in values.items())[1] == "v"
+        return _first("v", values)
 
     def third(which: int) -> Callable[[Mapping[str, Any], str], bool]:
         def most(found: Mapping[str, Any], subset: str) -> bool:
-            values = [ratio(found, subset, component(*MLP, depth=i)) or 0.0 for i in range(3)]
-            return values.index(max(values)) == which
+            values = {i: ratio(found, subset, component(*MLP, depth=i)) for i in range(3)}
+            return _first(which, values)
 
         return most
 
@@ -153,6 +153,10 @@ def _claims(family: str) -> dict[str, Callable[[Mapping[str, Any], str], bool]]:
     if family == "Llama":
         return {**made, "MLPs densest in the middle third": third(1)}
     return {**made, "experts densest in the last third": third(2)}
+
+
+def _first(one: Any, values: Mapping[Any, float | None]) -> bool:
+    return all((values[one] or 0.0) > (v or 0.0) for key, v in values.items() if key != one)
 
 
 def components(results: Mapping[str, Any], fraction: str) -> str:
