@@ -140,6 +140,8 @@ def main() -> None:
             for name, found in results.items()
         },
         out / "density.png",
+        across=len(results),
+        one_model=False,
     )
 
 

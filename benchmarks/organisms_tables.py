@@ -11,7 +11,7 @@ import torch
 ALL, OUTSIDE = "all", "-"
 MLP = ("gate", "up", "down", "experts")
 ATTENTION = ("q", "k", "v", "o")
-ORDER = (*ATTENTION, *MLP, "router", "embed", "norm")
+ORDER = (*ATTENTION, *MLP, "router", "norm", "embed")
 DEPTHS = ("early", "middle", "late")
 
 Cells = Mapping[str, Mapping[str, Any]]
@@ -22,8 +22,8 @@ def grid(found: Mapping[str, Any], subset: str) -> dict[str, dict[str, dict[str,
     """Selected share of every layer and component, as `report.masks.layout` has it."""
     return {
         n: {
-            part: {"density": found["selected"][subset][n][part] / total}
-            for part, total in row.items()
+            part: {"density": found["selected"][subset][n][part] / row[part]}
+            for part in sorted(row, key=ORDER.index)
         }
         for n, row in found["total"].items()
     }
