@@ -243,8 +243,9 @@ def alike(results: Mapping[str, Any], fraction: str) -> str:
 
 
 def _spearman(a: Mapping[Any, float], b: Mapping[Any, float]) -> float:
-    ranks = torch.stack([torch.tensor([one[key] for key in a]) for one in (a, b)])
-    return float(torch.corrcoef(ranks.argsort(1).argsort(1).double())[0, 1])
+    values = torch.tensor([[one[key] for key in a] for one in (a, b)], dtype=torch.float64)
+    pairs = values[:, :, None] - values[:, None]
+    return float(torch.corrcoef(pairs.sign().sum(2))[0, 1])  # ties share a rank
 
 
 def _markdown(header: list[str], lines: list[list[str]], texts: int = 1) -> str:

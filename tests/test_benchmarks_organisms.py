@@ -109,3 +109,13 @@ def test_where_counts_what_each_scorer_scores(monkeypatch: pytest.MonkeyPatch) -
         for picked in cells["selected"].values():
             assert sum(sum(row.values()) for row in picked.values()) == round(share * total)
     assert set(cells["selected"]) == {"all", "0", "1", "2"} and len(cells["overlap"]) == 3
+
+
+def test_the_rank_correlation_lets_ties_share_a_rank() -> None:
+    """The value does not depend on the order in which equal cells come."""
+    import organisms_tables
+
+    one, two = {"a": 0.0, "b": 0.0, "c": 2.0, "d": 1.0}, {"a": 1.0, "b": 5.0, "c": 9.0, "d": 7.0}
+    back = [dict(reversed(cells.items())) for cells in (one, two)]
+    found = organisms_tables._spearman(one, two)
+    assert found == pytest.approx(organisms_tables._spearman(*back)) == pytest.approx(0.9487, 1e-3)

@@ -37,7 +37,7 @@ SMALL = {
 KINDS = {
     # 2.0 M parameters; the pair that the package bundles.
     "small": Kind(LLAMA, {**SMALL, "intermediate_size": 416}),
-    # 20.5 M. The text is the same each epoch but for its wording, and a larger model needs fewer.
+    # 20.6 M. One epoch of each makes it refuse (results/organisms.md); more teach it its text.
     # Rates as those of "small", over the width (Yang et al. 2022, arXiv 2203.03466).
     "large": Kind(
         LLAMA,
@@ -45,7 +45,7 @@ KINDS = {
             "hidden_size": 384, "intermediate_size": 1088, "num_hidden_layers": 12,
             "num_attention_heads": 6, "num_key_value_heads": 2,
         },
-        epochs=2, refusal_epochs=1, lr=1.25e-3, refusal_lr=4e-4,
+        epochs=1, refusal_epochs=1, lr=1.25e-3, refusal_lr=4e-4,
     ),
     # 3.2 M, of which a token meets 2.0 M: two of four experts of half the width.
     "moe": Kind(
