@@ -56,7 +56,7 @@ ALLOWED = {
     "train": "checkpoint controller data",
     "evaluate": "artifact data direction mask names units weights",
     "environment": "",
-    "organism": "artifact data",
+    "organism": "artifact data environment",
     "integrations": "artifact bitmask checkpoint direction mask methods names ops optim organism"
     " penalty sharding weights",
     "compare": "artifact controller data direction environment evaluate input_space integrations"

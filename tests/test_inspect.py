@@ -122,6 +122,21 @@ def test_density_figure(layers: int, tmp_path: Path, figures: list[Any]) -> None
     }
 
 
+def test_density_figure_of_several_models(tmp_path: Path, figures: list[Any]) -> None:
+    """Each panel then has its own layers and components, and all stand in one row."""
+    deep, flat = make_llama(num_hidden_layers=5), make_llama(num_hidden_layers=2)
+    layouts = {
+        "deep": drawing.layout(model_mask(deep)),
+        **{str(i): drawing.layout(rows_mask(flat)) for i in range(3)},
+    }
+    drawing.density_figure(layouts, tmp_path / "f.png", across=4, one_model=False)
+    panels = [axes for axes in figures[0].axes if axes.get_title()]
+    assert [len(axes.get_yticklabels()) for axes in panels] == [6, 1, 1, 1]
+    assert [len(axes.get_xticklabels()) for axes in panels[1:]] == [2, 2, 2]
+    assert len({axes.get_subplotspec().rowspan.start for axes in panels}) == 1
+    assert [t.get_text() for t in panels[1].texts] == ["33.9", "33.9"]
+
+
 def test_stability_figure(files: Path, figures: list[Any]) -> None:
     masks = {name: SafetyMask.load(f"{name}.st") for name in ("seed0", "seed1", "rows")}
     found = stability(masks)

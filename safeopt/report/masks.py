@@ -77,11 +77,24 @@ def stability_table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def density_figure(layouts: Mapping[str, Layout], path: str | Path) -> None:
+def density_figure(
+    layouts: Mapping[str, Layout],
+    path: str | Path,
+    *,
+    across: int = PANELS,
+    one_model: bool = True,
+) -> None:
     """Draw the selected share (%) of each layer and component, one panel per `layout`, by name.
 
     Each panel has a colour scale of its own, from 0 to its densest cell; a cell without colour has
     no parameter that the mask names.
+
+    Args:
+        layouts: what `layout` returned, or anything with its "grid".
+        path: a .png file.
+        across: panels side by side.
+        one_model: all panels have the layers and components of all masks, to be compared; False
+            gives each panel its own, for masks of several models.
 
     Raises:
         ValueError: the path does not end in .png, or there is nothing to draw.
@@ -90,22 +103,29 @@ def density_figure(layouts: Mapping[str, Layout], path: str | Path) -> None:
     if not layouts:
         raise ValueError("layouts is empty; give the layout of at least one mask, by name")
     grids = {name: found["grid"] for name, found in layouts.items()}
-    layers = sorted({n for g in grids.values() for n in g}, key=_layer_order)
-    parts = list(dict.fromkeys(p for g in grids.values() for row in g.values() for p in row))
-    across = min(len(layouts), PANELS)
+    seen = {name: list(grids.values()) if one_model else [cells] for name, cells in grids.items()}
+    layers = {k: sorted({n for g in some for n in g}, key=_layer_order) for k, some in seen.items()}
+    parts = {
+        k: list(dict.fromkeys(p for g in some for row in g.values() for p in row))
+        for k, some in seen.items()
+    }
+    most, widest = max(map(len, layers.values())), max(map(len, parts.values()))
+    across = min(len(layouts), across)
     down = -(-len(layouts) // across)
-    step = -(-len(layers) // TEXT_ROWS)
-    high = 0.24 * len(layers) if step == 1 else 0.1 * len(layers)
-    figure = _figure(path, (across * (1.6 + 0.55 * len(parts)), down * (1.2 + high)))
+    high = (0.24 if most <= TEXT_ROWS else 0.1) * most
+    figure = _figure(path, (across * (1.6 + 0.55 * widest), down * (1.2 + high)))
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     for axes, (name, cells) in zip(panels, grids.items(), strict=False):
-        values = [[_percent(cells.get(n, {}).get(part)) for part in parts] for n in layers]
+        rows, columns = layers[name], parts[name]
+        values = [[_percent(cells.get(n, {}).get(part)) for part in columns] for n in rows]
         top = max(max((v for v in row if v == v), default=0.0) for row in values)
         image = axes.imshow(values, cmap="viridis", vmin=0, vmax=top or 1.0, aspect="auto")
         figure.colorbar(image, ax=axes, label="selected (%)")
         axes.set(title=name, ylabel="layer")
-        axes.set_xticks(range(len(parts)), parts, rotation=90 if len(parts) > 8 else 0, fontsize=8)
-        axes.set_yticks(range(0, len(layers), step), layers[::step], fontsize=8)
+        turned = 90 if len(columns) > 8 else 0
+        axes.set_xticks(range(len(columns)), columns, rotation=turned, fontsize=8)
+        step = -(-len(rows) // TEXT_ROWS)
+        axes.set_yticks(range(0, len(rows), step), rows[::step], fontsize=8)
         if step == 1:
             _write_cells(axes, values, top or 1.0, lambda i, j, v=values: f"{v[i][j]:.3g}")
     for axes in panels[len(layouts) :]:
