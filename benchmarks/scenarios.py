@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--model", default="organism:aligned", help="or a folder of build.py's")
+    parser.add_argument("--unaligned", default="organism:unaligned", help="of the same pair")
+    parser.add_argument("--name", help="of another model, for the folder of its results")
     parser.add_argument("--method", default="fisher-sqrt")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+")
@@ -75,7 +78,14 @@ def main() -> None:
         skill=rows.TASKS[task], lora_rank=8 if args.lora else 0, lora_targets=LINEAR,
     )  # fmt: skip
     options = " --lora" if args.lora else ""
-    out = args.out / f"{args.setting}-{task}-{args.method}{options.replace(' --', '-')}"
+    parts = [args.setting, task, args.method]
+    if args.lora:
+        parts.append("lora")
+    if args.name:
+        options += f" --model {args.name}/aligned --unaligned {args.name}/unaligned"
+        options += f" --name {args.name}"
+        parts.append(args.name)
+    out = args.out / "-".join(parts)
     sets = rows.short_sets(
         "clean" if long else args.setting,
         args.data,
@@ -85,13 +95,13 @@ def main() -> None:
         refusals=rows.at_hand(),
     )
     results = compare(
-        "organism:aligned",
+        args.model,
         sets,
         arms,
         args.seeds,
         out,
         settings,
-        unaligned="organism:unaligned",
+        unaligned=args.unaligned,
         workers=args.workers,
         device=args.device,
         command=f"python benchmarks/scenarios.py {args.setting} --task {task} --data DATA --out OUT"
