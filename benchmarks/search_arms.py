@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from safeopt.compare.kinds import Context, Kind, Plan
+from safeopt.compare.refusal_arms import REFUSAL_ARMS
 from safeopt.compare.space_arms import SPACE_ARMS
 from safeopt.compare.spaces import Spaces
 from safeopt.controller import Controller
@@ -23,7 +24,7 @@ from safeopt.input_space import InputBasis, InputSpace
 from safeopt.methods import InputMoments, null_space
 from safeopt.optim import project_step
 
-WARM, LIMIT, OPENING = 60, 3.0, 4
+WARM, LIMIT, OPENING = {"task-trim": 60, "mix-trim": 120}, 3.0, 4
 OUTPUTS = 0.99  # share of the output gradients' energy that kron-block holds
 
 
@@ -135,15 +136,15 @@ def _within(context: Context, space: InputSpace) -> Plan:
 
 
 class Trimmed(Controller):
-    """After WARM steps rows count only while their first tokens have at most LIMIT nats each."""
+    """Once warm, rows count only while each of their first tokens has at most LIMIT nats."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, warm: int) -> None:
+        self._model, self._warm = model, warm
         self.log = [0, 0]  # rows seen since, and left out
 
     def loss(self, step: int, batch: Batch, loss: Tensor) -> Tensor:
         """The mean over the tokens of the rows that count, once they are chosen."""
-        if step <= WARM:
+        if step <= self._warm:
             return loss
         ids = {key: batch[key] for key in ("input_ids", "attention_mask")}
         labels = batch["labels"][:, 1:]
@@ -158,7 +159,12 @@ class Trimmed(Controller):
 
 def _trimmed(context: Context, leak: float) -> Plan:
     plan = SPACE_ARMS["task-space"].make(context, leak)
-    return replace(plan, controller=Trimmed(context.model))
+    return replace(plan, controller=Trimmed(context.model, WARM["task-trim"]))
+
+
+def _mix_trimmed(context: Context, count: float) -> Plan:
+    plan = REFUSAL_ARMS["mix"].make(context, count)
+    return replace(plan, controller=Trimmed(context.model, WARM["mix-trim"]))
 
 
 class _InSpace(nn.Module):
@@ -229,6 +235,8 @@ SEARCH_ARMS: dict[str, Kind] = {
     "kron-block": Kind("updates lose what refusals have as input and mind as output", _kron_block),
     "task-gradient": Kind("task-space by the task's gradients", _task_gradient),
     "task-trim": Kind("task-space, and rows that stay foreign are left out", _trimmed),
+    "mix-trim": Kind("mix, and rows that stay foreign are left out", _mix_trimmed, "count",
+                     at_hand=True),
     "in-space": Kind("Adam in the coordinates of task-space", _in_space),
     "task-embed": Kind("task-space, with embeddings of the task's tokens", _with_embeddings),
-}
+}  # fmt: skip
