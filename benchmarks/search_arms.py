@@ -24,7 +24,8 @@ from safeopt.input_space import InputBasis, InputSpace
 from safeopt.methods import InputMoments, null_space
 from safeopt.optim import project_step
 
-WARM, LIMIT, OPENING = {"task-trim": 60, "mix-trim": 120}, 3.0, 4
+WARM = {"task-trim": 60, "mix-trim": 120}  # steps
+LIMIT, OPENING = 3.0, 4  # nats, tokens
 OUTPUTS = 0.99  # share of the output gradients' energy that kron-block holds
 
 

@@ -101,7 +101,7 @@ def test_rows_that_stay_foreign_are_left_out_after_a_while(tiny_llama, tiny_toke
     assert float(first.detach()) == 0 and control.log == [
         3,
         3,
-    ]  # nothing is learned: all are foreign
+    ]  # all are foreign
     with torch.no_grad():
         tiny_llama.lm_head.weight.zero_()  # every token has log(vocabulary), above the limit too
     assert not control.loss(61, given, plain).detach()
