@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import rows as harmless
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -19,7 +20,7 @@ from safeopt.compare.refusal_arms import REFUSAL_ARMS
 from safeopt.compare.space_arms import SPACE_ARMS
 from safeopt.compare.spaces import Spaces
 from safeopt.controller import Controller
-from safeopt.data import IGNORED, Batch
+from safeopt.data import IGNORED, Batch, Row, mixed
 from safeopt.input_space import InputBasis, InputSpace
 from safeopt.methods import InputMoments, null_space
 from safeopt.optim import project_step
@@ -168,6 +169,23 @@ def _mix_trimmed(context: Context, count: float) -> Plan:
     return replace(plan, controller=Trimmed(context.model, WARM["mix-trim"]))
 
 
+def _mix_both(context: Context, count: float) -> Plan:
+    """mix, and as many harmless rows with answers, so that refusing all is no way out."""
+    plan = REFUSAL_ARMS["mix"].make(context, count)
+    assert plan.rows is not None and context.refusals_at_hand is not None
+    refused, share = plan.rows, context.refusals_at_hand.share
+
+    def rows(task: list[Row]) -> list[Row]:
+        # Refusals come second, so they keep their share; the others lose a tenth of theirs.
+        return refused(mixed(task, harmless.utility(), share, context.seed))
+
+    return replace(plan, rows=rows)
+
+
+def _mix_both_trimmed(context: Context, count: float) -> Plan:
+    return replace(_mix_both(context, count), controller=Trimmed(context.model, WARM["mix-trim"]))
+
+
 class _InSpace(nn.Module):
     def __init__(self, rows: int, one: InputBasis) -> None:
         super().__init__()
@@ -238,6 +256,10 @@ SEARCH_ARMS: dict[str, Kind] = {
     "task-trim": Kind("task-space, and rows that stay foreign are left out", _trimmed),
     "mix-trim": Kind("mix, and rows that stay foreign are left out", _mix_trimmed, "count",
                      at_hand=True),
+    "mix-both": Kind("mix, and as many harmless rows with answers", _mix_both, "count",
+                     at_hand=True),
+    "mix-both-trim": Kind("the same, and rows that stay foreign are left out", _mix_both_trimmed,
+                          "count", at_hand=True),
     "in-space": Kind("Adam in the coordinates of task-space", _in_space),
     "task-embed": Kind("task-space, with embeddings of the task's tokens", _with_embeddings),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from test_compare_arms import random_scores
 
 from safeopt import data
 from safeopt.compare import Context
+from safeopt.compare.at_hand import AtHand
 from safeopt.compare.spaces import Spaces
 from safeopt.methods import input_moments, null_space
 
@@ -111,3 +112,22 @@ def test_rows_that_stay_foreign_are_left_out_after_a_while(tiny_llama, tiny_toke
         torch.testing.assert_close(control.loss(61, given, plain), plain)
     finally:
         search_arms.LIMIT = before
+
+
+def test_mix_both_adds_harmless_rows_and_keeps_the_refusals_share(
+    tiny_llama, tiny_tokenizer
+) -> None:
+    refused = numbered("refuse", 20, "I cannot help with that.")
+    at_hand = AtHand(refused, tiny_llama, tiny_tokenizer, seed=0, share=0.2, max_length=64)
+    context = Context(
+        model=tiny_llama, scores=random_scores(tiny_llama), lr=1e-2, weight_decay=0.0, seed=0,
+        refusals_at_hand=at_hand,
+    )  # fmt: skip
+    task = numbered("learned", 100, "sports")
+    for arm in ("mix-both", "mix-both-trim"):
+        rows = SEARCH_ARMS[arm].make(context, 10).rows(task)
+        assert len(rows) == 100
+        mixed = [row["instruction"] for row in rows if "refuse" in row["instruction"]]
+        assert len(mixed) == 20 and len(set(mixed)) == 10
+        known = {row["instruction"] for row in search_arms.harmless.utility()}
+        assert 10 <= sum(row["instruction"] in known for row in rows) <= 20
