@@ -55,7 +55,9 @@ def test_the_digest_is_of_the_bases_and_their_names(
     )
     swapped = {**space, names[0]: space[names[3]], names[3]: space[names[0]]}
     fewer = {name: space[name] for name in names[1:]}
-    others = [InputSpace(swapped), InputSpace(fewer), space.random_like(0), space.random_like(1)]
+    last = max(names)
+    renamed = {name + "x" * (name == last): one for name, one in space.items()}  # sorted as before
+    others = [*map(InputSpace, (swapped, fewer, renamed)), space.random_like(0)]
     assert len({one.digest() for one in (space, *others)}) == 5
 
 
@@ -70,7 +72,12 @@ def test_the_summary_has_the_means_of_the_report(tiny_llama: Any, tiny_tokenizer
         assert row["matrices"] == len(some) == {"": 15, "head": 1}.get(part, 2)
         for share in ("free", "leak", "task"):
             assert row[share] == pytest.approx(sum(each[share] for each in some) / len(some))
-    assert set(space.random_like(0).summary()["total"]) == {"matrices", "free"}
+    random = space.random_like(0)
+    assert set(random.summary()["total"]) == {"matrices", "free"}
+    q = {name: one for name, one in space.items() if ".q_proj" in name}
+    joined = InputSpace({**random, **q}).summary()
+    assert set(joined["total"]) == {"matrices", "free"}
+    assert joined["components"]["q"] == summary["components"]["q"]
 
 
 def test_an_expert_counts_as_a_matrix_in_the_summary() -> None:

@@ -11,9 +11,10 @@ import torch
 from conftest import make_llama
 from test_cli import call, result, rows
 
-from safeopt import InputSpace, data
+from safeopt import InputSpace, data, project_step
 from safeopt.integrations.transformers import load_model
 from safeopt.methods import input_moments, null_space
+from safeopt.train import TrainConfig, train
 
 __all__ = ["rows"]  # the fixture
 Capture = pytest.CaptureFixture[str]
@@ -103,6 +104,22 @@ def test_training_stays_within_the_space_and_says_so(
     card = (rows / "card.md").read_text()
     assert "updates kept to" in card and "of the inputs of 15 matrices" in card
     assert space.digest() in card and "Nothing was protected" not in card
+
+
+def test_the_command_trains_as_the_loop_in_python_does(
+    rows: Path, tiny_folder: Path, capsys: Capture
+) -> None:
+    result(capsys, "space", tiny_folder, *SPACE, "--out", "s.st")
+    result(capsys, "train", tiny_folder, *TRAIN, "--space", "s.st", "--steps", 3, "--out", "t")
+    (model, tokenizer), space = load_model(tiny_folder), InputSpace.load("s.st")
+    space.freeze_rest(model)
+    live = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(live, lr=0.01, weight_decay=0.2)
+    project_step(optimizer, space, model)
+    config = TrainConfig(steps=3, batch_size=4)
+    train(model, tokenizer, data.read_jsonl("task.jsonl"), optimizer, config, progress=False)
+    for name, p in load_model("t/model")[0].named_parameters():
+        assert torch.equal(p, model.get_parameter(name)), name
 
 
 def test_training_within_a_space_resumes_with_that_space_alone(

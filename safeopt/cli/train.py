@@ -16,7 +16,6 @@ from safeopt.data import Row, require_disjoint
 from safeopt.environment import pick_device
 from safeopt.input_space import InputSpace
 from safeopt.mask import SafetyMask
-from safeopt.methods.safety_layers import freeze_whole, whole_names
 from safeopt.optim.anchor import MODES
 
 EXAMPLE = "  safeopt train ./my-model --data task.jsonl --freeze mask.safetensors --out ./tuned"
@@ -107,8 +106,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model.to(device)
     record = Record(args, model, rows, freeze if freeze is not None else only, device, space)
     optimizer = made(model, args, freeze=freeze, train=only, space=space)
-    if freeze is not None and whole_names(freeze):
-        freeze_whole(model, freeze)
     on_step = record.watcher(model, tokenizer, watched, args) if watched else None
     since = time.perf_counter()
     done = _steps_done(out) if args.resume else 0

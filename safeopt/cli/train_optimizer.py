@@ -10,6 +10,7 @@ import torch
 from safeopt.direction import AlignmentDirection
 from safeopt.input_space import InputSpace
 from safeopt.mask import SafetyMask
+from safeopt.methods.safety_layers import freeze_whole, whole_names
 from safeopt.optim import AsFTAdamW, SafeAdamW, project_step
 from safeopt.scores import Scores
 
@@ -38,6 +39,7 @@ def made(
     """AdamW within a space, or one of ours with masks, anchor and direction.
 
     With a space all else in the model is frozen, and hooks of the optimizer filter its updates.
+    What a mask freezes as a whole gets no gradients.
     """
     if space is not None:
         space.freeze_rest(model)
@@ -45,14 +47,20 @@ def made(
         optimizer = torch.optim.AdamW(live, lr=args.lr, weight_decay=args.weight_decay)
         project_step(optimizer, space.to(live[0].device), model)
         return optimizer
+    ours = _ours(model, args, freeze=freeze, train=train)
+    if freeze is not None and whole_names(freeze):
+        freeze_whole(model, freeze)
+    return ours
+
+
+def _ours(model: torch.nn.Module, args: argparse.Namespace, **masks: Any) -> SafeAdamW:
     options = {
         "lr": args.lr,
         "weight_decay": args.weight_decay,
         "anchor": Scores.load(args.anchor) if args.anchor not in (None, "uniform") else args.anchor,
         "anchor_strength": args.anchor_strength,
         "anchor_mode": args.anchor_mode,
-        "freeze": freeze,
-        "train": train,
+        **masks,
     }
     if not args.direction:
         return SafeAdamW(model.named_parameters(), **options)
