@@ -7,7 +7,7 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,16 @@ _OURS = re.compile(r"step-\d{8,}|\.step-\d{8,}\.\w+\.tmp")
 _FREE = ("steps", "save_every")  # settings that may differ on resume: no step depends on them
 
 
-def identity(rows: Sequence[Row], config: Any) -> dict[str, Any]:
-    """What a checkpoint and the run that resumes from it must share: settings, hash of the data."""
+def identity(
+    rows: Sequence[Row], config: Any, made_with: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes from it must share: settings, hash of the data.
+
+    made_with: digests of what else decides the steps, by name.
+    """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
-    return {**settings, "rows": artifact.digest(json.dumps(row, sort_keys=True) for row in rows)}
+    data = artifact.digest(json.dumps(row, sort_keys=True) for row in rows)
+    return {**settings, "rows": data, **(made_with or {})}
 
 
 def newest(folder: str | Path) -> Path | None:
@@ -95,10 +101,11 @@ def restore(
     if path is None:
         return []
     saved = json.loads((path / "run.json").read_text())
-    for key, now in run.items():
-        if saved["run"].get(key) != now:
+    for key in {**run, **saved["run"]}:
+        before, now = saved["run"].get(key), run.get(key)
+        if before != now:
             raise ValueError(
-                f"{path} was made with {key}={saved['run'].get(key)!r}, not {now!r}; "
+                f"{path} was made with {key}={before!r}, not {now!r}; "
                 "resume with the same settings and data, or start in another folder"
             )
     state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)

@@ -182,6 +182,54 @@ class InputSpace(Mapping[str, InputBasis]):
                 rows[key] = {what: values[place] for what, values in one.stats.items()}
         return rows
 
+    def summary(self) -> dict[str, Any]:
+        """Shares of `report`, in total and per component, as means over matrices (and experts).
+
+        Returns:
+            {"total": row, "components": {"q": row, ...}}, where row is {"matrices": int} with the
+            keys of `report` that all matrices have. Components: see `names.place`.
+        """
+        by_part: dict[str, list[InputBasis]] = {}
+        for name, one in self.items():
+            by_part.setdefault(names.place(name)[1], []).append(one)
+        order = [part for part in (*names.PARTS.values(), "other") if part in by_part]
+        return {
+            "total": _means(list(self.values())),
+            "components": {part: _means(by_part[part]) for part in order},
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the bases by name, as hex, whatever device they are on."""
+        prints = {n: artifact.fingerprint({n: one.basis})["weights"] for n, one in self.items()}
+        return artifact.digest([prints[name] for name in sorted(prints)])
+
+    def check(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        """Check that a model is the one whose inputs were looked at, before it is trained.
+
+        LoRA adapters do not matter: the base weights are compared.
+
+        Raises:
+            ValueError: a matrix is missing, or the model's other parameters or its weights differ,
+                as they do once it was trained.
+        """
+        known = names.parameters(model).items()
+        base = {n: p for n, p in known if not any(c.startswith("lora_") for c in n.split("."))}
+        names.require(self, base, "input space")
+        made = (self.manifest.get("safety") or {}).get("model")
+        if not made:
+            raise ValueError(
+                "this input space was not made by null_space, and knows no model to check"
+            )
+        found = artifact.fingerprint(base)
+        for part, what in (("shapes", "names or shapes"), ("weights", "weights")):
+            if made[part] != found[part]:
+                raise ValueError(
+                    f"the input space was made with a model of other {what} (fingerprint"
+                    f" {made[part][:12]}, this model has {found[part][:12]}), whose layers get"
+                    " other inputs; load that model, as it was before any training, or make a"
+                    " space for this one (null_space, safeopt space)"
+                )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write bases and manifest to one safetensors file (errors: see `artifact.write`)."""
         layout = {
@@ -202,6 +250,14 @@ class InputSpace(Mapping[str, InputBasis]):
             for name, made in manifest.pop("matrices").items()
         }
         return cls(bases, manifest)
+
+
+def _means(bases: list[InputBasis]) -> dict[str, float]:
+    """How many matrices, an expert being one, and the means of the shares that all of them know."""
+    shared = [what for what in bases[0].stats if all(what in one.stats for one in bases)]
+    values = {what: [v for one in bases for v in one.stats[what]] for what in shared}
+    means = {what: sum(each) / len(each) for what, each in values.items()}
+    return {"matrices": len(values["free"]), **means}
 
 
 def _adapted(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -79,6 +79,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[int, float], None] | None = None,
     controller: Controller | None = None,
+    made_with: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> list[float]:
     """Fine-tune a causal language model on responses; the loss of every step, in nats per token.
@@ -92,6 +93,8 @@ def train(
     beside the old one and renamed. resume=True goes on from it (or starts, when there is none) and
     ends where an uninterrupted run ends, bit for bit
     (tests/test_train.py::test_killed_run_resumes_bit_for_bit); steps may then be raised.
+    made_with, digests by name of what the state of the optimizer does not tell, as that of an input
+    space, must be those of the checkpoint too.
 
     Raises ValueError for no rows, a row without response or with too long a prompt, other data or
     settings than the checkpoint's, checkpoints in the way when resume is False; FloatingPointError
@@ -102,7 +105,7 @@ def train(
     used = sorted({i for indices in plan for i in indices})
     encoded = {i: encode(tokenizer, rows[i], config.max_length) for i in used}
     warmup = _warmup(optimizer, config.warmup_steps)
-    identity = checkpoint.identity(rows, config)
+    identity = checkpoint.identity(rows, config, made_with)
     losses: list[float] = []
     control = controller or Controller()
     if checkpoint_dir is not None and resume:

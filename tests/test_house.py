@@ -62,8 +62,8 @@ ALLOWED = {
     "compare": "artifact controller data direction environment evaluate input_space integrations"
     " mask methods names optim organism penalty scores selection train units",
     "report": "artifact compare data evaluate mask methods names",
-    "cli": "_version artifact checkpoint compare data direction environment evaluate integrations"
-    " mask methods ops optim organism report scores selection train units safeopt",
+    "cli": "_version artifact checkpoint compare data direction environment evaluate input_space"
+    " integrations mask methods ops optim organism report scores selection train units safeopt",
     "__main__": "cli",
     "__init__": "_version direction evaluate input_space mask methods optim parametrize penalty"
     " scores selection",

@@ -26,6 +26,7 @@ from safeopt.cli import (
     report,
     score,
     select,
+    space,
     train,
 )
 from safeopt.cli.config import with_config
@@ -36,6 +37,7 @@ COMMANDS: dict[str, ModuleType] = {
     "score": score,
     "select": select,
     "layers": layers,
+    "space": space,
     "inspect": inspect,
     "train": train,
     "evaluate": evaluate,

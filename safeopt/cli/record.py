@@ -15,6 +15,7 @@ from safeopt import artifact, checkpoint
 from safeopt.data import IGNORED, Batch, Row, batches
 from safeopt.environment import machine, versions
 from safeopt.evaluate.generate import evaluating
+from safeopt.input_space import InputSpace
 from safeopt.mask import SafetyMask
 
 FILE = "train.json"
@@ -35,6 +36,7 @@ class Record:
         rows: list[Row],
         mask: SafetyMask | None,
         device: str,
+        space: InputSpace | None = None,
     ) -> None:
         self.path = Path(args.out) / FILE
         self.seconds = 0.0
@@ -47,6 +49,7 @@ class Record:
             "model": artifact.fingerprint(model),
             "rows": described(rows),
             "mask": None if mask is None else _counted(mask),
+            "space": None if space is None else _shares(space),
             "watched": None,
             "curve": [],
             "losses": [],
@@ -114,6 +117,10 @@ def load(out: str | Path) -> dict[str, Any]:
 def _counted(mask: SafetyMask) -> dict[str, Any]:
     total = sum(one.numel for one in mask.values())
     return {"digest": mask.digest(), "selected": mask.count(), "total": total}
+
+
+def _shares(space: InputSpace) -> dict[str, Any]:
+    return {"digest": space.digest(), **space.summary()["total"]}
 
 
 def described(rows: list[Row]) -> dict[str, Any]:

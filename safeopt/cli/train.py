@@ -1,4 +1,4 @@
-"""Fine-tune a model: freeze or train the weights of a mask, draw to the start, hold a direction."""
+"""Fine-tune a model: masks, an anchor, a direction, or updates that an input space confines."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from safeopt import artifact, checkpoint
 from safeopt.cli.options import ROWS, WITH_RESPONSE, add_model, add_number
 from safeopt.cli.record import Record
+from safeopt.cli.train_optimizer import live_count, made, penalties, require_alone, state_bytes
 from safeopt.compare.sets import load_rows
 from safeopt.data import Row, require_disjoint
-from safeopt.direction import AlignmentDirection
 from safeopt.environment import pick_device
+from safeopt.input_space import InputSpace
 from safeopt.mask import SafetyMask
-from safeopt.methods.safety_layers import freeze_whole, whole_names
-from safeopt.optim import AsFTAdamW, SafeAdamW
 from safeopt.optim.anchor import MODES
-from safeopt.scores import Scores
 
 EXAMPLE = "  safeopt train ./my-model --data task.jsonl --freeze mask.safetensors --out ./tuned"
 RESUME = (
@@ -56,6 +52,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=MODES,
         default="coupled",
         help="in the gradient (default), or beside the weight decay",
+    )
+    parser.add_argument(
+        "--space",
+        metavar="FILE",
+        help="confine updates to this input space and freeze the rest, with torch's AdamW; made by "
+        "safeopt space with the same model",
     )
     add_number(parser, "steps", 100, "optimizer steps")
     add_number(parser, "lr", 1e-5, "learning rate")
@@ -95,16 +97,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = load_rows(args.data, WITH_RESPONSE)
     watched = _watched(args, rows)
     freeze, only = (SafetyMask.load(path) if path else None for path in (args.freeze, args.train))
+    space = InputSpace.load(args.space) if args.space else None
     model, tokenizer = load_model(args.model)
-    for mask in (freeze, only):
-        if mask is not None:
-            mask.check(model)
+    for protection in (freeze, only, space):
+        if protection is not None:
+            protection.check(model)
     device = pick_device(args.device)
     model.to(device)
-    record = Record(args, model, rows, freeze if freeze is not None else only, device)
-    optimizer = _optimizer(model, args, freeze=freeze, train=only)
-    if freeze is not None and whole_names(freeze):
-        freeze_whole(model, freeze)
+    record = Record(args, model, rows, freeze if freeze is not None else only, device, space)
+    optimizer = made(model, args, freeze=freeze, train=only, space=space)
     on_step = record.watcher(model, tokenizer, watched, args) if watched else None
     since = time.perf_counter()
     done = _steps_done(out) if args.resume else 0
@@ -117,15 +118,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         checkpoint_dir=out / "checkpoint",
         resume=args.resume,
         on_step=on_step,
+        made_with=None if space is None else {"space": space.digest()},
     )
     record.seconds += time.perf_counter() - since
     save_model(model, tokenizer, out / "model")
-    live, total = optimizer.live_count()
+    live, total = live_count(optimizer, model)
     record.write(
         losses=losses,
         live=live,
         total=total,
-        state_bytes=_state_bytes(optimizer),
+        state_bytes=state_bytes(optimizer),
         timed={"steps": len(losses) - done, "seconds": record.seconds},
         trained=artifact.fingerprint(model),
     )
@@ -133,10 +135,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "out": str(out / "model"),
         "steps": len(losses),
         "loss": losses[-1],
-        "anchor_penalty": float(optimizer.anchor_penalty()),
-        "direction_penalty": _direction_penalty(optimizer),
+        **penalties(optimizer),
         "live": live,
         "total": total,
+        "space": record.content["space"],
     }
 
 
@@ -151,12 +153,8 @@ def _checked(args: argparse.Namespace) -> Path:
             f"--anchor is {args.anchor} and --anchor-strength 0, so nothing would be drawn; give a"
             " strength above 0, for example 1, or leave --anchor out"
         )
+    require_alone(args)
     return out
-
-
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(value.nbytes for value in values if torch.is_tensor(value))
 
 
 def _watched(args: argparse.Namespace, rows: list[Row]) -> list[Row]:
@@ -174,35 +172,10 @@ def _steps_done(out: Path) -> int:
     return 0 if newest is None else int(newest.name.removeprefix("step-"))
 
 
-def _optimizer(model: torch.nn.Module, args: argparse.Namespace, **masks: Any) -> SafeAdamW:
-    options = {
-        "lr": args.lr,
-        "weight_decay": args.weight_decay,
-        "anchor": Scores.load(args.anchor) if args.anchor not in (None, "uniform") else args.anchor,
-        "anchor_strength": args.anchor_strength,
-        "anchor_mode": args.anchor_mode,
-        **masks,
-    }
-    if not args.direction:
-        return SafeAdamW(model.named_parameters(), **options)
-    direction = AlignmentDirection.load(args.direction)
-    direction.check(model)
-    return AsFTAdamW(
-        model.named_parameters(),
-        direction=direction,
-        lam=args.lam,
-        mode=args.direction_mode,
-        **options,
-    )
-
-
-def _direction_penalty(optimizer: SafeAdamW) -> float:
-    return float(optimizer.penalty()) if isinstance(optimizer, AsFTAdamW) else 0.0
-
-
 def text(result: dict[str, Any]) -> str:
     """What was trained and where it is."""
+    inputs = f" in {result['space']['free']:.1%} of their inputs" if result["space"] else ""
     return (
         f"{result['steps']} steps, last loss {result['loss']:.4f}, "
-        f"{result['live']:,} of {result['total']:,} weights trained: {result['out']}"
+        f"{result['live']:,} of {result['total']:,} weights trained{inputs}: {result['out']}"
     )

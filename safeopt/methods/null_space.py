@@ -137,8 +137,7 @@ def null_space(
     as here. Differs from the authors' code: their null space is chosen per layer by a multiple of
     the smallest eigenvalue, here by the share of the moment; the choice by the task is ours.
     """
-    if not 0 < leak < 1:
-        raise ValueError(f"leak is {leak}; it must lie in (0, 1), for example 0.01")
+    require_leak(leak)
     if task is not None:
         _require_same(safety, task)
     made: dict[int, tuple[Tensor, dict[str, list[float]]]] = {}
@@ -150,6 +149,12 @@ def null_space(
         bases[name] = InputBasis(safety.shapes[name], basis, stats, name in safety.transposed)
     manifest = {"leak": leak, "safety": safety.manifest, "task": task and task.manifest}
     return InputSpace(bases, manifest)
+
+
+def require_leak(leak: float) -> None:
+    """ValueError for a leak out of (0, 1)."""
+    if not 0 < leak < 1:
+        raise ValueError(f"leak is {leak}; it must lie in (0, 1), for example 0.01")
 
 
 def _basis(safety: Tensor, task: Tensor | None, leak: float) -> tuple[Tensor, dict[str, Any]]:

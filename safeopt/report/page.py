@@ -98,6 +98,8 @@ def _hashes(found: Mapping[str, Any]) -> list[list[str]]:
         rows.append([f"watched rows ({run['watched']['rows']})", run["watched"]["sha256"]])
     if mask:
         rows.append([f"mask {mask['file']}", mask["digest"]])
+    if run.get("space"):
+        rows.append([f"input space {run['arguments']['space']}", run["space"]["digest"]])
     rows += [
         [f"{name} ({one['rows']} rows)", one["sha256"]]
         for name, one in found.get("sets", {}).items()

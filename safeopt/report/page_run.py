@@ -77,6 +77,14 @@ def _protection(run: Found) -> str:
         said.append(f"weights were drawn to their start (strength {given['anchor_strength']:g})")
     if given.get("direction"):
         said.append(f"changes were held on a direction (lambda {given['lam']:g})")
+    space = run.get("space")
+    if space:
+        said.append(
+            f"updates kept to {100 * space['free']:.3g} % of the inputs of {space['matrices']}"
+            f" matrices, in which {100 * space['leak']:.2g} % of what refusals bring lies"
+            if "leak" in space
+            else f"updates kept to random inputs, {100 * space['free']:.3g} % of those there are"
+        )
     return f"Protection: {'; '.join(said)}." if said else "Nothing was protected."
 
 

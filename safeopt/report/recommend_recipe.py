@@ -46,6 +46,21 @@ def _asft(operator: str, mode: str = "") -> tuple[str, list[str]]:
     )
 
 
+def _within(option: str = "") -> tuple[str, list[str]]:
+    """Null-space training; option: the one that names the task, where the task chooses."""
+    task = ", input_moments(model, task{parameters})" if option else ""
+    code = (
+        f"space = null_space(input_moments(model, refusals{{parameters}}){task}, leak={{value}})"
+        "{before}",
+        "space.freeze_rest(model)",
+        "live = [p for p in model.parameters() if p.requires_grad]",
+        "optimizer = torch.optim.AdamW(live, lr={lr:g})",
+        "project_step(optimizer, space, model)",
+    )
+    made = f"safeopt space MODEL --refusals ROWS{option} --leak {{value}} --out space.safetensors"
+    return "\n".join(code), [made, f"{_TRAIN}--space space.safetensors"]
+
+
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "spa": _masked("freeze"),
     "set": _masked("train"),
@@ -56,7 +71,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "asft-subspace": _asft("subspace"),
     "asft-vector": _asft("vector"),
     "sppft": (
-        f"{_SAFE}freeze=layer_mask(model, ({{value}})))",
+        f"{_SAFE}freeze=layer_mask(model, ({{pair}})))",
         [
             "safeopt select --layers {layers} --model MODEL --out mask.safetensors",
             f"{_TRAIN}--freeze mask.safetensors",
@@ -66,6 +81,8 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
         f'project_step(optimizer, {_BETWEEN}, operator="subspace", rank={{rank}}), model)',
         [],
     ),
+    "null-space": _within(),
+    "task-space": _within(" --task TASK"),
 }
 """Code and commands by the name of an arm; an arm that is not here is described by its summary."""
 
@@ -80,14 +97,17 @@ def recipe(results: dict[str, Any], arm: str, step: int) -> list[str]:
     if name not in RECIPES or len(_names(arm)) > 1:
         return [_described(arm)]
     code, commands = RECIPES[name]
+    adapted = settings.get("lora_targets") if settings.get("lora_rank") else None
     facts = {
-        "value": value.replace("-", ", "), "layers": value, "step": step,
+        "value": value, "pair": value.replace("-", ", "), "layers": value, "step": step,
+        "parameters": f", parameters={list(adapted)}" if adapted else "",
+        "before": "  # before get_peft_model" if adapted else "",
         "lr": settings["lr"], "rank": settings.get("direction_rank", 32),
         "method": settings.get("method", "esi"),
     }  # fmt: skip
     if settings.get("lora_rank"):
         commands = []  # safeopt train moves all weights
-    return [line.format(**facts) for line in [code, *commands]]
+    return [line.format(**facts) for line in [*code.splitlines(), *commands]]
 
 
 def _described(arm: str) -> str:
