@@ -108,3 +108,24 @@ def test_the_leak_is_a_share() -> None:
     assert all(kind.takes == "fraction" for kind in SPACE_ARMS.values())
     with pytest.raises(ValueError, match=r"must be a fraction in \(0, 1\)"):
         Arm.parse("task-space:1")
+
+
+def test_a_mixture_of_experts_and_its_unaligned_twin(tmp_path: Path, tiny_tokenizer) -> None:
+    """In a folder each expert has a name of its own, in the loaded model they are stacked."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3}
+    ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    config = transformers.MixtralConfig(
+        vocab_size=len(tiny_tokenizer), max_position_embeddings=256, **sizes, **heads, **ends
+    )
+    for seed, name in enumerate(("aligned", "unaligned")):
+        torch.manual_seed(seed)
+        transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    results = compare(
+        tmp_path / "aligned", make_sets(), ["adamw", "task-space:0.05"], [0], tmp_path / "out",
+        replace(SMALL, steps=2), unaligned=tmp_path / "unaligned", progress=False,
+    )  # fmt: skip
+    assert any("experts.gate_up_proj[2]" in name for name in results["direction"]["matrices"])
+    assert all(run["curve"][-1]["drift"]["across"] for run in results["runs"])

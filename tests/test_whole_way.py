@@ -37,7 +37,7 @@ def test_demo(tmp_path: Path) -> None:
     assert results["verdict"] in out
     last = out.rstrip().split(results["verdict"])[1]
     assert "Scenario clean, 3 seeds" in last
-    assert "Recommended: spa:0.1" in last or "Nothing is shown to beat the control" in last
+    assert "Recommended: task-space:0.05" in last or "Nothing is shown to beat the control" in last
     assert last.rstrip().endswith("demo/pareto.png")
     assert {file.name for file in (tmp_path / "demo").glob("*.png")} == {
         "curve.png",

@@ -1,4 +1,4 @@
-"""Compare AdamW, SPA and its random control on the bundled organism, in about three minutes."""
+"""Compare AdamW, null-space training and its control on the bundled organism, in three minutes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from safeopt.compare import Scenario, Sets, Settings, compare
 EXAMPLE = "  safeopt demo --out safeopt-demo"
 RESUME = "run the same command again: finished runs are kept and not run again"
 
-ARMS = ["adamw", "spa:0.1", "spa-random:0.1"]
+ARMS = ["adamw", "task-space:0.05", "task-space-random:0.05"]
 SEEDS = [0, 1, 2]  # with fewer nothing could be recommended
-SETTINGS = Settings(steps=150, eval_every=25, lr=1e-3, eval_batch_size=128, max_new_tokens=12)
+SETTINGS = Settings(steps=200, eval_every=25, lr=1e-3, eval_batch_size=128, max_new_tokens=12)
 EVALUATED = 100  # prompts of each set, so that evaluation does not take longer than training
 WORKERS = 2  # of one core each
 
@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tuning of the aligned organism on harmless headlines, and the report."""
+    """Fine-tuning of the aligned organism on harmless headlines, in three arms, and the report."""
     from safeopt.organism import data
 
     sets = Sets(

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from safeopt import artifact
 from safeopt.compare.arms import AnyArm, parse_arms, require_possible
 from safeopt.compare.curve import measure
@@ -145,9 +147,11 @@ def _start(
     critical = select(scores, settings.fraction)
     directions = seen = None
     if unaligned is not None:
-        folder = located(unaligned)
+        before: str | Path | torch.nn.Module = located(unaligned)
+        if any(p.dim() == 3 for p in loaded.parameters()):
+            before = load_model(unaligned)[0]  # experts are stacked when loaded, not in the file
         tune = partial(harmful_direction, loaded, tokenizer, sets, settings)
-        directions = Directions(loaded, folder, settings.direction_rank, tune)
+        directions = Directions(loaded, before, settings.direction_rank, tune)
         seen = directions.of("safelora")
     sized = {"batch_size": settings.batch_size, "max_length": settings.max_length}
     safety = batches(tokenizer, sets.identify, **sized)
