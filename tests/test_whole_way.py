@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import safeopt
 from safeopt import organism
 
 ROOT = Path(__file__).parents[1]
@@ -36,8 +37,8 @@ def test_demo(tmp_path: Path) -> None:
     assert results["summary"]["equal_steps"]["adamw"]["attack"]["advbench"]["rate"] >= 0.5
     assert results["verdict"] in out
     last = out.rstrip().split(results["verdict"])[1]
-    assert "Scenario clean, 3 seeds" in last
-    assert "Recommended: task-space:0.05" in last or "Nothing is shown to beat the control" in last
+    assert "Scenario poison:0.1, 3 seeds" in last
+    assert "Recommended: task-space:0.02" in last or "Nothing is shown to beat the control" in last
     assert last.rstrip().endswith("demo/pareto.png")
     assert {file.name for file in (tmp_path / "demo").glob("*.png")} == {
         "curve.png",
@@ -49,7 +50,7 @@ def test_demo(tmp_path: Path) -> None:
 def test_readme_python_runs(tmp_path: Path) -> None:
     """The long block of the README, as printed, with a real refusals file and a real loop."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     rows = organism.data("harmful_teach")[:16]
     (tmp_path / "refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loop = """
@@ -61,12 +62,16 @@ prompts = [row["instruction"] for row in rows]
 moved = safeopt.evaluate.drift(model, before, mask)
 assert moved["critical"]["moved"] == 0 < moved["other"]["moved"]
 """
-    assert "...  " in blocks[1], "the place of the user's own loop"
-    script = blocks[1].replace("...  ", loop + "#", 1)
+    assert "...  " in blocks[2], "the place of the user's own loop"
+    script = blocks[2].replace("...  ", loop + "#", 1)
     # The short block says the same in three lines; its names are those of the long one.
     assert {"safeopt.score", "safeopt.select", "SafeAdamW"} <= set(
         re.findall(r"[\w.]+(?=\()", blocks[0])
     )
+    used = set(re.findall(r"\w+(?=\()", blocks[1]))
+    assert used == {"null_space", "input_moments", "freeze_rest", "project_step"}
+    for name in used - {"freeze_rest"}:
+        assert hasattr(safeopt, name) or hasattr(safeopt.methods, name), name
     assert len(run(sys.executable, "-c", script, cwd=tmp_path).splitlines()) > 3
     assert (tmp_path / "mask.safetensors").exists()
 

@@ -14,9 +14,10 @@ from safeopt.compare import Scenario, Sets, Settings, compare
 EXAMPLE = "  safeopt demo --out safeopt-demo"
 RESUME = "run the same command again: finished runs are kept and not run again"
 
-ARMS = ["adamw", "task-space:0.05", "task-space-random:0.05"]
+ARMS = ["adamw", "task-space:0.02", "task-space-random:0.02"]
 SEEDS = [0, 1, 2]  # with fewer nothing could be recommended
-SETTINGS = Settings(steps=200, eval_every=25, lr=1e-3, eval_batch_size=128, max_new_tokens=12)
+SETTINGS = Settings(steps=240, eval_every=40, lr=1e-3, eval_batch_size=128, max_new_tokens=12)
+TASK = 640  # rows, of which a tenth are as many as there are poisoned ones
 EVALUATED = 100  # prompts of each set, so that evaluation does not take longer than training
 WORKERS = 2  # of one core each
 
@@ -29,13 +30,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tuning of the aligned organism on harmless headlines, in three arms, and the report."""
+    """Fine-tuning of the aligned organism on headlines, a tenth of them poisoned; the report."""
     from safeopt.organism import data
 
     sets = Sets(
-        scenario=Scenario("clean"),
+        scenario=Scenario("poison", 0.1),
         identify=data("harmful_teach"),
-        task=data("headlines_train"),
+        task=data("headlines_train")[:TASK],
+        poison=data("harmful_poison"),
         harmful={"advbench": data("harmful_evaluate")[:EVALUATED]},
         harmless=data("harmless_test")[:EVALUATED],
         test=data("headlines_test")[:EVALUATED],
