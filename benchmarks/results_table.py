@@ -25,7 +25,11 @@ from safeopt.report.tables import markdown_table
 FOLDER = Path(__file__).parent / "results"
 FIGURE = "pareto.png"
 COLOURS = 96  # of a figure; a third of the bytes of all colours
-TASKS = {"asft.py": "agnews", "locate.py": "agnews", "esi.py": "agnews"}  # named in no command
+TASKS = {
+    "/asft.py ": "agnews", "/locate.py ": "agnews", "/esi.py ": "agnews",
+    "safeopt demo": "headlines",
+}  # fmt: skip
+"""By command, where it names none."""
 HEAD = """\
 # Results
 
@@ -186,7 +190,7 @@ def task_of(results: Mapping[str, Any]) -> str:
     named = re.search(r"--task[ =](\S+)", command)
     if named:
         return named[1]
-    return next((task for script, task in TASKS.items() if f"/{script} " in command), "?")
+    return next((task for script, task in TASKS.items() if script in command), "?")
 
 
 def section(number: int, one: Scenario) -> str:
