@@ -285,9 +285,11 @@ def test_demo_goes_the_whole_way(
     code, out, err = call(capsys, "demo", "--out", tmp_path / "demo")
     assert code == 0, err
     assert "\nRead at equal skill (task accuracy " in out
-    assert "After 2 steps of clean training, which is no comparison at equal skill, " in out
+    assert "After 2 steps of poison:0.1 training, which is no comparison at equal skill, " in out
     assert out.index("At equal skill, task accuracy") < out.index("At equal steps, ")
-    assert out.index("After 2 steps") < out.index("Scenario clean, 3 seeds, league: no safety data")
+    assert out.index("After 2 steps") < out.index(
+        "Scenario poison:0.1, 3 seeds, league: no safety data"
+    )
     assert out.rstrip().endswith(f"arm by arm: {tmp_path / 'demo' / 'pareto.png'}")
     assert (tmp_path / "demo" / "pareto.png").exists()
     assert len(list((tmp_path / "demo" / "runs").iterdir())) == len(demo.ARMS) * len(demo.SEEDS)
