@@ -10,8 +10,7 @@ smaller of X X^T and (W X)(W X)^T is added up, in float64, and U follows from it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from safeopt import artifact, names
+from safeopt.evaluate.generate import evaluating
 from safeopt.methods.linear_inputs import LinearInputs, Tokens, require_tokens
 from safeopt.methods.low_rank_edit import LowRankEdit, keep_weights, matrix, wide
 from safeopt.progress import bar
@@ -149,7 +149,7 @@ def output_spaces(
     sums = _Grams(model, _targets(model, parameters))
     device = next(model.parameters()).device
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for batch in batches:
                 moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 sums.inputs.run(moved, tokens)
@@ -257,14 +257,3 @@ def _targets(model: nn.Module, parameters: Iterable[str] | None) -> dict[str, Te
 def _require_count(what: str, count: int, least: int) -> None:
     if count < least:
         raise ValueError(f"{what} is {count}; it must be at least {least}")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
