@@ -24,7 +24,8 @@ SCENARIOS = {
     "identity": "identity",
 }  # fmt: skip
 TASKS: dict[str, Literal["accuracy", "tokens"]] = {
-    "agnews": "accuracy", "sst2": "accuracy", "gsm8k": "tokens", "alpaca": "tokens",
+    "agnews": "accuracy", "sst2": "accuracy", "headlines": "accuracy",
+    "gsm8k": "tokens", "alpaca": "tokens",
 }  # fmt: skip
 """The tasks, and what is read as skill: of labels whether they are right, of texts the tokens."""
 
@@ -55,7 +56,10 @@ def task_rows(task: str, folder: Path) -> tuple[list[Row], list[Row]]:
     """Rows of one of `TASKS` for training and for testing; prompts have at most LONGEST characters.
 
     Of GSM8K without what the organism has met in its own training, and without its test rows.
+    Headlines are the package's own; they need no file.
     """
+    if task == "headlines":
+        return organism.data("headlines_train"), organism.data("headlines_test")
     if task == "agnews":
         return short_news(folder)
     if task == "alpaca":

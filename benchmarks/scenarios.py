@@ -13,8 +13,8 @@ line). Settings, each resumable:
                              safeopt/compare/identity.py); it is attacked with and without its name
     long                     clean, for 1,000 steps
 
-Tasks: agnews and sst2, read by accuracy; gsm8k and alpaca, read by the tokens of their answers that
-are foreseen. With --lora, adapters of rank 8 on every linear layer are trained. Scores are of one
+Tasks: agnews, sst2 and headlines (the package's own), read by accuracy; gsm8k and alpaca, read by
+the tokens of their answers that are foreseen. With --lora, adapters of rank 8 on every linear layer are trained. Scores are of one
 method in one comparison: with --method esi, spa and set are those of their paper.
 """
 
