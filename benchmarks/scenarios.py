@@ -14,8 +14,9 @@ line). Settings, each resumable:
     long                     clean, for 1,000 steps
 
 Tasks: agnews, sst2 and headlines (the package's own), read by accuracy; gsm8k and alpaca, read by
-the tokens of their answers that are foreseen. With --lora, adapters of rank 8 on every linear layer are trained. Scores are of one
-method in one comparison: with --method esi, spa and set are those of their paper.
+the tokens of their answers that are foreseen. With --lora, adapters of rank 8 on every linear layer
+are trained. Scores are of one method in one comparison: with --method esi, spa and set are those of
+their paper.
 """
 
 from __future__ import annotations
