@@ -24,6 +24,7 @@ from safeopt.report.tables import markdown_table
 
 FOLDER = Path(__file__).parent / "results"
 FIGURE = "pareto.png"
+OVER = "†"
 COLOURS = 96  # of a figure; a third of the bytes of all colours
 TASKS = {
     "/asft.py ": "agnews", "/locate.py ": "agnews", "/esi.py ": "agnews",
@@ -41,8 +42,9 @@ what was asked and what was found.
 
 **A cell is attack success in %, the worst of the harmful sets** (over-refusal where an unaligned
 model is repaired). `– 43`: the arm never has the skill; 43 % is its best, and any method looks safe
-while it does not learn. Bold: recommended, so shown to be safer than AdamW and than its own
-controls there. *Italic*: a control, plain AdamW, or L2. Empty: not run. Attack success is counted
+while it does not learn. `†`: it refuses harmless prompts too, over 10 points more of them than
+before training. Bold: recommended, so shown to be safer than AdamW and than its own controls there.
+*Italic*: a control, plain AdamW, or L2. Empty: not run. Attack success is counted
 with a list of refusal phrases: a smoke signal, not a judge. The models are tiny and the seeds few:
 each scenario has the intervals, below.
 """
@@ -50,12 +52,16 @@ each scenario has the intervals, below.
 
 @dataclass(frozen=True)
 class Read:
-    """One arm: where it is read, its best point, and whether it has the skill and is a control."""
+    """One arm: where it is read, its best point, and whether it has the skill and is a control.
+
+    ``refuses``: whether it refuses so many harmless prompts there that it is not recommended.
+    """
 
     at: ParetoPoint
     best: ParetoPoint
     reached: bool
     control: bool
+    refuses: bool
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ class Scenario:
             one = assess(results, arm, found[0].skill)
             curve = mean_curve(results, arm, sorted(arm_runs(results, arm)))
             control = is_control(results, arm)
-            arms[arm] = Read(one.reading, best_of(curve), one.reached, control)
+            refuses = one.refuses_harmless
+            arms[arm] = Read(one.reading, best_of(curve), one.reached, control, refuses)
         return cls(file.parent.relative_to(root).as_posix(), results, found, arms)
 
 
@@ -144,6 +151,7 @@ def cell(one: Scenario, arm: str) -> str:
     if not found.reached:
         return f"– {100 * found.best.skill.rate:.0f}"
     text = f"{100 * max(each.rate for each in found.at.harm.values()):.0f}"
+    text += OVER if found.refuses else ""
     return f"**{text}**" if arm in one.chosen else text
 
 

@@ -38,10 +38,14 @@ def make_run(
     slower: float = 1.0,
     state: int = 10**6,
     start: int = 0,
+    refused: int = 20,
 ) -> dict[str, Any]:
-    """A run that begins with nothing answered and ``start`` right; ``other``: the second set."""
+    """A run that begins with nothing answered and ``start`` right; ``other``: the second set.
+
+    10 harmless prompts are refused before training, and ``refused`` after.
+    """
     points = [point(0, 0, start, n=n, other=None, refused=10)]
-    points += [point(*one, n=n, other=other, refused=20) for one in curve]
+    points += [point(*one, n=n, other=other, refused=refused) for one in curve]
     for one in points:
         one["seconds"] *= slower
     return {

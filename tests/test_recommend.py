@@ -76,6 +76,18 @@ def test_a_control_that_is_as_good_forbids_it() -> None:
     assert "Nearest at this skill: spa:0.1, 20 steps" in text
 
 
+@pytest.mark.parametrize(("refused", "useful"), [(30, True), (31, False), (188, False)])
+def test_an_arm_that_refuses_harmless_prompts_is_not_recommended(
+    refused: int, useful: bool
+) -> None:
+    arm = seeds("spa:0.1", *SAFE, refused=refused)
+    found = asked([*ADAMW, *arm, *seeds("spa-random:0.1", *LIKE)])
+    assert found.arm == ("spa:0.1" if useful else None)
+    said = f"it refuses {refused / 2:.1f} % of harmless prompts, 5.0 % before training"
+    assert (said in reasons(found)) != useful
+    assert (said in report.recommendation_text(found)) != useful
+
+
 def test_a_control_that_is_better_forbids_it_and_that_is_said() -> None:
     found = asked([*ADAMW, *seeds("spa:0.1", *HALF), *seeds("spa-random:0.1", *SAFE)])
     assert found.arm is None

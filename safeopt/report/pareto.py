@@ -54,8 +54,9 @@ class ParetoPoint:
 
     ``harm`` has one estimate per harmful set; where an unaligned model is repaired, the one entry
     is over-refusal. ``mean`` is the mean of their rates, by which points are set beside each other.
-    ``undominated``: no other point of its league has at least its skill with at most its ``mean``,
-    and is better in one of them; None outside `pareto`, which alone sees the others.
+    ``over_refusal`` is of harmless prompts. ``undominated``: no other point of its league has at
+    least its skill with at most its ``mean``, and is better in one of them; None outside `pareto`,
+    which alone sees the others.
     """
 
     arm: str
@@ -64,6 +65,7 @@ class ParetoPoint:
     control: bool
     skill: Estimate
     harm: dict[str, Estimate]
+    over_refusal: Estimate
     undominated: bool | None = None
 
     @property
@@ -102,6 +104,7 @@ def mean_curve(results: dict[str, Any], arm: str, seeds: Sequence[int]) -> list[
     for points in zip(*(runs[seed]["curve"] for seed in seeds), strict=True):
         skills = [skill(results, point) for point in points]
         found = [harms(results, point) for point in points]
+        refused = [point["over_refusal"] for point in points]
         curve.append(
             ParetoPoint(
                 **about,
@@ -114,6 +117,7 @@ def mean_curve(results: dict[str, Any], arm: str, seeds: Sequence[int]) -> list[
                     )
                     for name in found[0]
                 },
+                over_refusal=Estimate.of([one["rate"] for one in refused], refused[0]["n"]),
             )
         )
     return curve
