@@ -183,19 +183,29 @@ class InputSpace(Mapping[str, InputBasis]):
         return rows
 
     def summary(self) -> dict[str, Any]:
-        """Shares of `report`, in total and per component, as means over matrices (and experts).
+        """Shares of `report`, in total and by place, as means over matrices (and experts).
 
         Returns:
-            {"total": row, "components": {"q": row, ...}}, where row is {"matrices": int} with the
-            keys of `report` that all matrices have. Components: see `names.place`.
+            {"total": row, "components": {"q": row, ...}, "grid": {"0": {"q": row, ...}, ...}},
+            where row is {"matrices": int} with the keys of `report` that all matrices have.
+            Components: see `names.place`. Layers in order, "-" (outside the numbered ones) last.
         """
         by_part: dict[str, list[InputBasis]] = {}
+        by_cell: dict[int | None, dict[str, list[InputBasis]]] = {}
         for name, one in self.items():
-            by_part.setdefault(names.place(name)[1], []).append(one)
+            layer, part = names.place(name)
+            by_part.setdefault(part, []).append(one)
+            by_cell.setdefault(layer, {}).setdefault(part, []).append(one)
         order = [part for part in (*names.PARTS.values(), "other") if part in by_part]
         return {
             "total": _means(list(self.values())),
             "components": {part: _means(by_part[part]) for part in order},
+            "grid": {
+                names.OUTSIDE if layer is None else str(layer): {
+                    part: _means(row[part]) for part in order if part in row
+                }
+                for layer, row in sorted(by_cell.items(), key=lambda one: (one[0] is None, one[0]))
+            },
         }
 
     def digest(self) -> str:

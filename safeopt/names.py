@@ -23,6 +23,7 @@ WRAPPERS = frozenset(
 )
 PREFIXES = ("module.", "base_model.model.")
 SHOWN = 5  # names spelled out in one error message
+OUTSIDE = "-"  # in a map, the layer of parameters that stand in no numbered layer
 
 # Read from the right, the first component found here says what a parameter is; "parent.child" wins.
 PARTS = {

@@ -202,6 +202,21 @@ def test_the_tables_show_every_judge_and_their_agreement(judged: tuple[Any, Any,
     assert "By every judge" not in report.markdown(without, report.summarise(without), "")
 
 
+def test_the_page_has_what_every_judge_says_and_where_they_agree(
+    judged: tuple[Any, Any, Any],
+) -> None:
+    from safeopt.report.judged import agreement_rows, judged_rows
+    from safeopt.report.page_blocks import Table
+    from safeopt.report.page_compare import compared
+
+    results, _, _ = judged
+    tables = [one for one in compared(results).blocks if isinstance(one, Table)]
+    every, agree = (one for one in tables if "judge" in one.caption)
+    assert every.caption.endswith("by each judge (phrases, margin, short)")
+    assert (every.header, every.rows) == judged_rows(results)
+    assert (agree.header, agree.rows) == agreement_rows(results)
+
+
 def test_the_margin_is_drawn_along_training(
     judged: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

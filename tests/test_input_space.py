@@ -72,6 +72,11 @@ def test_the_summary_has_the_means_of_the_report(tiny_llama: Any, tiny_tokenizer
         assert row["matrices"] == len(some) == {"": 15, "head": 1}.get(part, 2)
         for share in ("free", "leak", "task"):
             assert row[share] == pytest.approx(sum(each[share] for each in some) / len(some))
+    assert list(summary["grid"]) == ["0", "1", "-"] and list(summary["grid"]["-"]) == ["head"]
+    assert summary["grid"]["-"]["head"] == summary["components"]["head"]
+    assert list(summary["grid"]["1"]) == ["q", "k", "v", "o", "gate", "up", "down"]
+    down = report["model.layers.1.mlp.down_proj.weight"]
+    assert summary["grid"]["1"]["down"] == {"matrices": 1, **down}
     random = space.random_like(0)
     assert set(random.summary()["total"]) == {"matrices", "free"}
     q = {name: one for name, one in space.items() if ".q_proj" in name}

@@ -19,7 +19,7 @@ from browser import Browser, chromium
 from report_page_cases import HARMFUL, HARMLESS, TASK, make_comparison, make_run
 from test_cli import call, result
 
-from safeopt import SafetyMask, evaluate
+from safeopt import SafetyMask, evaluate, report
 from safeopt.data import encode
 from safeopt.integrations.transformers import load_model
 from safeopt.report.page_measure import WITHHELD, measured
@@ -211,6 +211,10 @@ def test_a_comparison_alone_and_a_run_alone(at: Path, capsys: pytest.CaptureFixt
     assert found["files"] == ["cmp/report.html"] and found["measured"] is None
     page = unescape(Path("cmp/report.html").read_text("utf-8"))
     assert "At equal skill" in page and "Example answers" not in page
+    (advice,) = report.recommendations([report.load_results("cmp")])
+    for line in report.recommendation_text(advice).splitlines():
+        assert line.removeprefix("- ").strip() in page
+    assert "One seed shows no spread" in page and "by each judge" not in page
     code, out, err = call(capsys, "report", "run", "--html", "r.html")
     assert code == 0, err
     assert "give --harmful" in out

@@ -45,7 +45,7 @@ def test_the_command_makes_the_space_of_its_files(
     wanted = null_space(safety, moments(tiny_folder, "task.jsonl", tokens, 2), leak=0.02)
     assert same(InputSpace.load("s.st"), wanted)
     assert found["rows"] == {"refusals": 6, "task": 2} and found["digest"] == wanted.digest()
-    assert {key: found[key] for key in ("total", "components")} == wanted.summary()
+    assert {key: found[key] for key in wanted.summary()} == wanted.summary()
     assert found["total"]["matrices"] == 15 and 0 < found["total"]["leak"] <= 0.02
     assert not same(InputSpace.load("plain.st"), wanted)
 
@@ -94,7 +94,8 @@ def test_training_stays_within_the_space_and_says_so(
     assert trained["live"] == matrices
     assert trained["total"] == sum(p.numel() for p in start.parameters()) > matrices
     record = json.loads(Path("tuned/train.json").read_text())
-    assert record["space"] == {"digest": space.digest(), **space.summary()["total"]}
+    found = space.summary()
+    assert record["space"] == {"digest": space.digest(), **found["total"], "grid": found["grid"]}
     assert record["space"] == trained["space"] and record["arguments"]["space"] == "s.st"
     assert record["state_bytes"] > 2 * 4 * matrices
     free = f"{trained['space']['free']:.1%}"
@@ -104,6 +105,9 @@ def test_training_stays_within_the_space_and_says_so(
     card = (rows / "card.md").read_text()
     assert "updates kept to" in card and "of the inputs of 15 matrices" in card
     assert space.digest() in card and "Nothing was protected" not in card
+    assert "no map of protected weights" not in card
+    shares = [f"{100 * row['free']:.3g} %" for row in found["grid"]["1"].values()]
+    assert f"| 1 | {' | '.join(shares)} |" in card
 
 
 def test_the_command_trains_as_the_loop_in_python_does(

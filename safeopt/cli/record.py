@@ -120,7 +120,8 @@ def _counted(mask: SafetyMask) -> dict[str, Any]:
 
 
 def _shares(space: InputSpace) -> dict[str, Any]:
-    return {"digest": space.digest(), **space.summary()["total"]}
+    found = space.summary()
+    return {"digest": space.digest(), **found["total"], "grid": found["grid"]}
 
 
 def described(rows: list[Row]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from safeopt import artifact, names
 from safeopt.mask import SafetyMask
 from safeopt.report.figures import DPI, require_drawable
 
-OUTSIDE = "-"  # the layer of parameters that stand in no numbered layer
 ALL = "all"
 TEXT_ROWS = 40  # a heatmap with more rows has no numbers in its cells
 PANELS = 3  # side by side
@@ -34,7 +33,7 @@ def layout(mask: SafetyMask) -> dict[str, Any]:
         row[part] = (selected + one.count(), total + one.numel)
     order = sorted(counts, key=lambda n: (n is None, n))
     cells = {
-        OUTSIDE if n is None else str(n): {
+        names.OUTSIDE if n is None else str(n): {
             part: {"selected": selected, "total": total, "density": selected / total}
             for part, (selected, total) in counts[n].items()
         }
@@ -187,7 +186,7 @@ def _save(figure: Any, path: str | Path) -> None:
 
 
 def _layer_order(layer: str) -> tuple[bool, int]:
-    return layer == OUTSIDE, 0 if layer == OUTSIDE else int(layer)
+    return layer == names.OUTSIDE, 0 if layer == names.OUTSIDE else int(layer)
 
 
 def _percent(cell: Mapping[str, Any] | None) -> float:

@@ -1,14 +1,19 @@
-"""The section of a report about a finished comparison: equal skill first, then equal steps."""
+"""The section of a report about a finished comparison: equal skill, advice, then equal steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from statistics import fmean
+from textwrap import dedent
 from typing import Any
 
-from safeopt.report.page_blocks import Block, Bullets, Figure, Section, Table, Text, rate
+from safeopt.report.judged import agreement_rows, judged_rows, judges_of
+from safeopt.report.page_blocks import Block, Bullets, Code, Figure, Section, Table, Text, rate
 from safeopt.report.page_svg import lines
 from safeopt.report.pareto import dominates
+from safeopt.report.recommend import Recommendation, recommendations
+from safeopt.report.recommend_text import recommendation_text
 from safeopt.report.summary import level, pooled, runs_of, skill, skill_name, summarise
 from safeopt.report.verdict import verdict
 
@@ -27,9 +32,13 @@ def require_comparison(results: Any, source: object) -> None:
 
 
 def compared(results: Results) -> Section:
-    """A figure of safety against skill for each harmful set, both tables, and the verdict."""
+    """A figure of safety against skill for each harmful set, all tables, verdict and advice."""
     summary = summarise(results)
     blocks: list[Block] = [*_figures(results), _equal_skill(summary), Text(verdict(results))]
+    for found in recommendations([results]):
+        blocks += _advice(found)
+    if "judges" in results:
+        blocks += _judged(results)
     seeds = len(results["seeds"])
     blocks += [
         _equal_steps(summary),
@@ -41,6 +50,32 @@ def compared(results: Results) -> Section:
         ]),
     ]  # fmt: skip
     return Section("comparison", "Safety against skill", blocks)
+
+
+def _advice(found: Recommendation) -> list[Block]:
+    """The lines of a recommendation: those that are listed, those of code, and the others."""
+    blocks: list[Block] = []
+    for kind, some in groupby(recommendation_text(found).splitlines(), _kind):
+        if kind is Bullets:
+            blocks.append(Bullets([line.removeprefix("- ") for line in some]))
+        elif kind is Code:
+            blocks.append(Code(dedent("\n".join(some))))
+        else:
+            blocks += [Text(line) for line in some if line]
+    return blocks
+
+
+def _kind(line: str) -> type[Block]:
+    return Bullets if line.startswith("- ") else Code if line.startswith("    ") else Text
+
+
+def _judged(results: Results) -> list[Block]:
+    """Attack success by every judge, and how often any two agree."""
+    judges = ", ".join(judges_of(results))
+    return [
+        Table(f"At equal skill, attack success by each judge ({judges})", *judged_rows(results)),
+        Table("How often two judges agree there", *agreement_rows(results)),
+    ]
 
 
 def undominated(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -89,38 +89,52 @@ def _protection(run: Found) -> str:
 
 
 def protected(run: Found, mask: Found | None) -> Section:
-    """Where the mask lies, or that there was none."""
+    """Where the mask lies, and what an input space leaves free; or that there was neither."""
     title = "What was protected"
+    space = run.get("space") or {}
+    blocks: list[Block] = []
     if mask is None:
         none = "No mask was used, so there is no map of protected weights."
-        return Section("protected", title, [Text(_protection(run)), Text(none)])
-    total, grid = mask["layout"]["total"], mask["layout"]["grid"]
+        blocks += [Text(_protection(run)), *([] if space else [Text(none)])]
+    else:
+        total = mask["layout"]["total"]
+        share = f"{100 * total['density']:.3g} %"
+        said = (
+            f"{total['selected']:,} of the {total['total']:,} weights that the mask names ({share})"
+            f" are selected, and {ROLES[mask['role']]}."
+        )
+        blocks += [
+            Text(said),
+            _map(mask["layout"]["grid"], "density", "Selected share", "weight that the mask names"),
+            Text(f"Made by: {mask['made']}."),
+        ]
+    if "grid" in space:  # records of earlier versions have none
+        blocks.append(
+            _map(space["grid"], "free", "Share of the inputs left free", "matrix in the space")
+        )
+    return Section("protected", title, blocks)
+
+
+def _map(grid: Found, key: str, what: str, lacking: str) -> Figure:
+    """A share in [0, 1] of each layer and component, as a heatmap and a table."""
     layers = list(grid)
     parts = list(dict.fromkeys(part for row in grid.values() for part in row))
     values = [
-        [100 * grid[n][part]["density"] if part in grid[n] else float("nan") for part in parts]
+        [100 * grid[n][part][key] if part in grid[n] else float("nan") for part in parts]
         for n in layers
     ]
-    share = f"{100 * total['density']:.3g} %"
-    said = (
-        f"{total['selected']:,} of the {total['total']:,} weights that the mask names ({share}) "
-        f"are selected, and {ROLES[mask['role']]}."
-    )
     rows = [[n, *[_share(v) for v in row]] for n, row in zip(layers, values, strict=True)]
-    densest = max(
-        ((grid[n][part]["density"], n, part) for n in layers for part in grid[n]), default=None
-    )
-    alt = f"Heatmap of the selected share, {len(layers)} layers by {len(parts)} components."
-    if densest:
-        alt += f" Densest: {densest[2]} in layer {densest[1]} with {100 * densest[0]:.3g} %."
-    figure = Figure(
+    most = max(((grid[n][part][key], n, part) for n in layers for part in grid[n]), default=None)
+    alt = f"Heatmap. {what} of {len(layers)} layers by {len(parts)} components."
+    if most:
+        alt += f" Most: {most[2]} in layer {most[1]} with {100 * most[0]:.3g} %."
+    return Figure(
         heatmap(layers, parts, values),
         alt,
-        "Selected share (%) of each layer and component. Layer - stands for weights outside the"
-        " numbered layers; a cell without colour has no weight that the mask names.",
-        Table("Selected share of each layer and component", ["layer", *parts], rows),
+        f"{what} (%) of each layer and component. Layer - stands for weights outside the numbered"
+        f" layers; a cell without colour has no {lacking}.",
+        Table(f"{what} of each layer and component", ["layer", *parts], rows),
     )
-    return Section("protected", title, [Text(said), figure, Text(f"Made by: {mask['made']}.")])
 
 
 def cost(run: Found, found: Found | None, unseen: bool | None) -> Section:
