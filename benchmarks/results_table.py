@@ -10,27 +10,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from results_read import Scenario, about, kind, read
+
 from safeopt import report
-from safeopt.report.pareto import ParetoPoint, arm_runs, league_of, mean_curve
-from safeopt.report.recommend_controls import is_control, is_plain
-from safeopt.report.recommend_evidence import assess, best_of
-from safeopt.report.summary import BASELINE, skill_name
+from safeopt.report.pareto import league_of
+from safeopt.report.recommend_controls import is_plain
 from safeopt.report.tables import markdown_table
 
 FOLDER = Path(__file__).parent / "results"
 FIGURE = "pareto.png"
 OVER = "†"
 COLOURS = 96  # of a figure; a third of the bytes of all colours
-TASKS = {
-    "/asft.py ": "agnews", "/locate.py ": "agnews", "/esi.py ": "agnews",
-    "safeopt demo": "headlines",
-}  # fmt: skip
-"""By command, where it names none."""
 HEAD = """\
 # Results
 
@@ -48,49 +42,12 @@ before training. Bold: recommended, so shown to be safer than AdamW and than its
 with a list of refusal phrases: a smoke signal, not a judge. The models are tiny and the seeds few:
 each scenario has the intervals, below.
 """
+GLANCE = """\
+## Methods at a glance
 
-
-@dataclass(frozen=True)
-class Read:
-    """One arm: where it is read, its best point, and whether it has the skill and is a control.
-
-    ``refuses``: whether it refuses so many harmless prompts there that it is not recommended.
-    """
-
-    at: ParetoPoint
-    best: ParetoPoint
-    reached: bool
-    control: bool
-    refuses: bool
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """One results.json: the folder's name below results/, its content and what it says."""
-
-    name: str
-    results: dict[str, Any]
-    found: tuple[report.Recommendation, ...]
-    arms: dict[str, Read]
-
-    @property
-    def chosen(self) -> set[str]:
-        """The recommended arms, one of each league at most."""
-        return {one.arm for one in self.found if one.arm}
-
-    @classmethod
-    def of(cls, file: Path, root: Path) -> Scenario:
-        """Read a file; raises ValueError where it is not a finished comparison."""
-        results = report.load_results(file)
-        found = tuple(report.recommendations([results]))
-        arms = {}
-        for arm in results["arms"]:
-            one = assess(results, arm, found[0].skill)
-            curve = mean_curve(results, arm, sorted(arm_runs(results, arm)))
-            control = is_control(results, arm)
-            refuses = one.refuses_harmless
-            arms[arm] = Read(one.reading, best_of(curve), one.reached, control, refuses)
-        return cls(file.parent.relative_to(root).as_posix(), results, found, arms)
+Of the comparisons of a method, at any setting: in how many it ever had AdamW's skill less 2 points,
+and in how many it is recommended.
+"""
 
 
 def main() -> None:
@@ -108,11 +65,6 @@ def main() -> None:
     (args.results / "README.md").write_text(page(scenarios), "utf-8")
 
 
-def read(root: Path) -> list[Scenario]:
-    """Every comparison below a folder, by name."""
-    return [Scenario.of(file, root) for file in sorted(root.rglob("results.json"))]
-
-
 def shrink(path: Path) -> None:
     """A PNG file with a palette in place of 16 million colours."""
     from PIL import Image
@@ -124,7 +76,8 @@ def shrink(path: Path) -> None:
 
 def page(scenarios: Sequence[Scenario]) -> str:
     """The whole page."""
-    parts = [HEAD, matrix(scenarios), "## Scenarios\n", overview(scenarios)]
+    parts = [HEAD, matrix(scenarios), GLANCE, glance(scenarios)]
+    parts += ["## Scenarios\n", overview(scenarios)]
     parts += [section(number, one) for number, one in enumerate(scenarios, 1)]
     return "\n".join([*parts, ""])
 
@@ -155,6 +108,30 @@ def cell(one: Scenario, arm: str) -> str:
     return f"**{text}**" if arm in one.chosen else text
 
 
+def glance(scenarios: Sequence[Scenario]) -> str:
+    """One row per method, the most often recommended first; what is repaired is left out."""
+    counts: dict[tuple[str, str], list[int]] = {}
+    for one in scenarios:
+        if one.results["scenario"] == "repair":
+            continue
+        tried: dict[tuple[str, str], list[str]] = {}
+        for arm, found in one.arms.items():
+            if kind(arm, found) == "protection":
+                name = re.sub(r":[\d.-]+", "", arm)
+                tried.setdefault((name, league_of(one.results, arm)), []).append(arm)
+        for key, arms in tried.items():
+            row = counts.setdefault(key, [0, 0, 0])
+            row[0] += 1
+            row[1] += any(one.arms[arm].reached for arm in arms)
+            row[2] += bool(one.chosen & set(arms))
+    order = sorted(counts, key=lambda key: (-counts[key][2], -counts[key][0], key))
+    header = ["method", "league", "comparisons", "has the skill in", "recommended in"]
+    return (
+        markdown_table(header, [[code(key[0]), key[1], *map(str, counts[key])] for key in order])
+        + "\n"
+    )
+
+
 def overview(scenarios: Sequence[Scenario]) -> str:
     """One row per scenario: what was run, and what it recommends."""
     header = ["", "scenario", "task", "model", "scores", "trained", "seeds", "steps"]
@@ -170,35 +147,6 @@ def overview(scenarios: Sequence[Scenario]) -> str:
             skill, chosen,
         ])  # fmt: skip
     return markdown_table(header, rows) + "\n"
-
-
-def about(one: Scenario) -> dict[str, str]:
-    """What was run, in words; older files lack some settings."""
-    results, settings = one.results, one.results["settings"]
-    rank = settings.get("lora_rank")
-    scores = results.get("scores") or {}
-    folder = str(results["model"].get("folder", "?"))
-    return {
-        "scenario": str(results["scenario"]),
-        "task": task_of(results),
-        "model": folder if folder.startswith("organism:") else Path(folder).name,
-        "scores": str(settings.get("method") or scores.get("method", "?")),
-        "trained": f"LoRA, rank {rank}" if rank else "all weights",
-        "seeds": ", ".join(map(str, results["seeds"])),
-        "steps": str(settings["steps"]),
-        "skill": skill_name(results),
-    }
-
-
-def task_of(results: Mapping[str, Any]) -> str:
-    """Of the option --task, or of the script, whose task it then is."""
-    if results["scenario"] == "repair":
-        return "refusals"
-    command = results.get("command", "")
-    named = re.search(r"--task[ =](\S+)", command)
-    if named:
-        return named[1]
-    return next((task for script, task in TASKS.items() if script in command), "?")
 
 
 def section(number: int, one: Scenario) -> str:
@@ -236,13 +184,6 @@ def advice(found: report.Recommendation) -> str:
     why = f" Nearest: {code(nearest.reading.arm)}; {nearest.reasons[0]}." if nearest and (
         nearest.reasons) else ""  # fmt: skip
     return f"{found.league}: nothing is shown to beat the control.{why}"
-
-
-def kind(arm: str, found: Read) -> str:
-    """Whether an arm protects or is there to be compared with."""
-    if arm == BASELINE or is_plain(arm):
-        return "plain"
-    return "control" if found.control else "protection"
 
 
 def percent(found: Any) -> str:

@@ -81,6 +81,22 @@ def test_arms_are_read_as_recommend_reads_them(tmp_path: Path) -> None:
     assert cells(section, "| `adamw` |")[:2] == ["plain", "no safety data"]
 
 
+def test_methods_at_a_glance(tmp_path: Path) -> None:
+    import results_table
+
+    low = [[(10, 2, 20), (20, 4, 60)]] * 3
+    rude = seeds("mix:100", *SAFE, league="refusal set", refused=150)
+    written(tmp_path, "a", make_results([*GOOD, *seeds("spa:0.2", *low), *rude]))
+    written(tmp_path, "b", make_results([*ADAMW, *seeds("spa:0.5", *low)], "clean"))
+    written(tmp_path, "c", make_results(seeds("adamw", *SAFE), "repair"))
+    text = results_table.page(results_table.read(tmp_path))
+    table = text.partition("## Methods at a glance")[2].partition("## Scenarios")[0]
+    assert cells(table, "| `spa` |") == ["no safety data", "2", "1", "1"]
+    assert cells(table, "| `mix` |") == ["refusal set", "1", "1", "0"]
+    assert "adamw" not in table and "random" not in table
+    assert cells(text.partition("## Methods")[0], "| `mix:100` |") == ["10†", "", ""]
+
+
 def test_other_models_tasks_leagues_and_older_files(tmp_path: Path) -> None:
     import results_table
 
@@ -107,6 +123,9 @@ def test_other_models_tasks_leagues_and_older_files(tmp_path: Path) -> None:
         "gsm8k", "Smol-1B", "snip", "LoRA, rank 8", "0, 1, 2", "20", "task token accuracy 8.0 %",
         "`mix:100`",
     ]  # fmt: skip
+    old["model"]["folder"] = "/home/someone/moe/aligned"
+    written(tmp_path, "zz", old)
+    assert cells(results_table.page(results_table.read(tmp_path)), "| 3 |")[2] == "moe/aligned"
     assert cells(text, "| 2 |")[1:6] == ["refusals", "m", "?", "all weights", "0, 1, 2"]
     section = text.partition("## 1. ")[2].partition("## 2. ")[0]
     assert "- no safety data: " in section and "- refusal set: " in section
