@@ -86,6 +86,8 @@ def main() -> None:
         options += f" --model {args.name}/aligned --unaligned {args.name}/unaligned"
         options += f" --name {args.name}"
         parts.append(args.name)
+    if args.steps:
+        parts.append(f"{steps}-steps")
     out = args.out / "-".join(parts)
     sets = rows.short_sets(
         "clean" if long else args.setting,
