@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recommend_cases import ADAMW, HALF, SAFE, make_results, seeds
+from recommend_cases import ADAMW, HALF, LIKE, SAFE, make_results, seeds
 from test_recommend import GOOD
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -93,8 +93,27 @@ def test_methods_at_a_glance(tmp_path: Path) -> None:
     table = text.partition("## Methods at a glance")[2].partition("## Scenarios")[0]
     assert cells(table, "| `spa` |") == ["no safety data", "2", "1", "1"]
     assert cells(table, "| `mix` |") == ["refusal set", "1", "1", "0"]
+    assert cells(text.partition("## The bar")[0], "| `mix:100` |") == ["10†", "", ""]
     assert "adamw" not in table and "random" not in table
-    assert cells(text.partition("## Methods")[0], "| `mix:100` |") == ["10†", "", ""]
+
+
+def test_the_bar_is_met_by_what_is_safe_and_able_and_answers(tmp_path: Path) -> None:
+    import results_table
+
+    safe = [[(10, 2, 60), (20, 10, 118)]] * 3
+    less = [[(10, 2, 60), (20, 11, 118)]] * 3
+    runs = [*ADAMW, *seeds("spa:0.1", *safe), *seeds("spa-random:0.1", *LIKE)]
+    rude = seeds("mix:100", *safe, league="refusal set", refused=150)
+    written(tmp_path, "a", make_results([*runs, *seeds("spa:0.2", *less), *rude]))
+    two = [*ADAMW[:2], *seeds("spa:0.1", *safe[:2])]
+    written(tmp_path, "b", make_results(two))
+    written(tmp_path, "c", make_results([*ADAMW, *seeds("spa:0.1", *safe)]))
+    text = results_table.page(results_table.read(tmp_path))
+    table = text.partition("## The bar")[2].partition("## Methods")[0]
+    first, second = (line for line in table.splitlines() if line.startswith("| ["))
+    assert cells(first, "| [a]")[:3] == ["`spa:0.1`", "no safety data", "20"]
+    assert cells(first, "| [a]")[4:] == ["5.0 %", "90.0 %", "89.7 %"]
+    assert cells(second, "| [c]")[6:] == ["never has the skill"]
 
 
 def test_other_models_tasks_leagues_and_older_files(tmp_path: Path) -> None:
