@@ -24,24 +24,29 @@ if not FOLDER.is_dir():
     pytest.skip("the benchmarks are not installed", allow_module_level=True)
 sys.path.insert(0, str(FOLDER))
 search_arms = importlib.import_module("search_arms")
-SEARCH_ARMS, Trimmed = search_arms.SEARCH_ARMS, search_arms.Trimmed
+search_inputs = importlib.import_module("search_inputs")
+SEARCH_ARMS = {**search_arms.SEARCH_ARMS, **search_inputs.INPUT_ARMS}
+Trimmed = search_arms.Trimmed
 
 LEAK = 0.05
-PLAIN = ["linear-only", "kron-block", "task-gradient", "task-trim", "in-space", "task-embed"]
+PLAIN = [
+    "linear-only", "kron-block", "task-gradient", "task-trim", "in-space", "task-embed",
+    "global-space", "input-anchor",
+]  # fmt: skip
 
 
 def rows_of(tokenizer: Any, what: str) -> list[Any]:
     return data.batches(tokenizer, numbered(what, 6, "I cannot help with that."), 3)
 
 
-def trained(arm: str, start: Any, tokenizer: Any) -> Any:
+def trained(arm: str, start: Any, tokenizer: Any, value: float = LEAK) -> Any:
     model = copy.deepcopy(start)
     context = Context(
         model=model, scores=random_scores(start), lr=1e-2, weight_decay=0.0, seed=0,
         spaces=Spaces(start, rows_of(tokenizer, "refused")),
         task=lambda: rows_of(tokenizer, "learned"),
     )  # fmt: skip
-    plan = SEARCH_ARMS[arm].make(context, LEAK)
+    plan = SEARCH_ARMS[arm].make(context, value)
     batch = {k: v for k, v in rows_of(tokenizer, "learned")[0].items() if k != "texts"}
     for _ in range(3):
         model(**batch).loss.backward()
@@ -135,3 +140,47 @@ def test_mix_both_adds_harmless_rows_and_keeps_the_refusals_share(
         assert len(mixed) == 20 and len(set(mixed)) == 10
         known = {row["instruction"] for row in search_arms.harmless.utility()}
         assert 10 <= sum(row["instruction"] in known for row in rows) <= 20
+
+
+def test_global_space_shares_the_leak_out_at_one_price(tiny_llama, tiny_tokenizer) -> None:
+    safety, task = (
+        input_moments(tiny_llama, rows_of(tiny_tokenizer, what), progress=False)
+        for what in ("refused", "learned")
+    )
+    found = search_inputs.global_space(safety, task, LEAK)
+    leaks, prices = {}, []
+    for name, one in found.items():
+        F = one.basis.double()
+        leaks[name], gain = (
+            float((F * (M[name] @ F)).sum() / M[name].trace()) for M in (safety, task)
+        )
+        prices.append(leaks[name] / gain)
+        torch.testing.assert_close(F.T @ F, torch.eye(F.shape[1]).double(), atol=1e-5, rtol=0)
+        assert found.report()[name]["leak"] == pytest.approx(leaks[name], abs=1e-5)
+    mean = sum(leaks.values()) / len(leaks)
+    assert 0.5 * LEAK < mean <= LEAK < max(leaks.values())  # a whole direction is too much
+    each = null_space(safety, task, leak=LEAK)
+    shared = sum(
+        float((one.basis.double() * (task[name] @ one.basis.double())).sum() / task[name].trace())
+        for name, one in found.items()
+    )
+    assert shared > sum(row["task"] for row in each.report().values())
+
+
+def test_what_an_input_anchor_lets_leak_does_not_add_up(tiny_llama, tiny_tokenizer) -> None:
+    """At rest D = (D + step) R: a step has left R (I - R)^-1 = M^-1 / strength of itself."""
+    safety = input_moments(tiny_llama, rows_of(tiny_tokenizer, "refused"), progress=False)
+    total = next(iter(safety.values()))
+    R = search_inputs.shrinking(total, 2.0)
+    scaled = total * len(total) / total.trace()
+    values, vectors = torch.linalg.eigh(scaled)
+    top, step = vectors[:, -1].float(), torch.ones(3, len(total))
+    drift = torch.zeros_like(step)
+    for _ in range(200):
+        drift = (drift + step) @ R
+    torch.testing.assert_close(drift @ top, step @ top / (2.0 * float(values[-1])))
+    moved = drifts(trained("input-anchor", tiny_llama, tiny_tokenizer, 5.0), tiny_llama)
+    free = drifts(trained("linear-only", tiny_llama, tiny_tokenizer), tiny_llama)
+    for name, M in safety.items():
+        first = torch.linalg.eigh(M).eigenvectors[:, -1].float()
+        assert (moved[name] @ first).norm() < 0.2 * (free[name] @ first).norm()
