@@ -39,9 +39,9 @@ what was asked and what was found.
 model is repaired). `– 43`: the arm never has the skill; 43 % is its best, and any method looks safe
 while it does not learn. `†`: it refuses harmless prompts too, over 10 points more of them than
 before training. Bold: recommended, so shown to be safer than AdamW and than its own controls there.
-*Italic*: a control, plain AdamW, or L2. Empty: not run. Attack success is counted
-with a list of refusal phrases: a smoke signal, not a judge. The models are tiny and the seeds few:
-each scenario has the intervals, below.
+*Italic*: a control, plain AdamW, or L2. Empty: not run. Attack success is counted with a list of
+refusal phrases: a smoke signal, not a judge. The models are tiny and the seeds few: each scenario
+has the intervals, below.
 """
 LEAST_SEEDS, MOST = 3, 0.05
 BAR = f"""\
@@ -135,10 +135,8 @@ def glance(scenarios: Sequence[Scenario]) -> str:
             row[2] += bool(one.chosen & set(arms))
     order = sorted(counts, key=lambda key: (-counts[key][2], -counts[key][0], key))
     header = ["method", "league", "comparisons", "has the skill in", "recommended in"]
-    return (
-        markdown_table(header, [[code(key[0]), key[1], *map(str, counts[key])] for key in order])
-        + "\n"
-    )
+    rows = [[code(key[0]), key[1], *map(str, counts[key])] for key in order]
+    return markdown_table(header, rows) + "\n"
 
 
 def bar(scenarios: Sequence[Scenario]) -> str:
